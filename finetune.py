@@ -1,0 +1,194 @@
+"""Parameter-efficient fine-tuning of a primed or pretrained encoder for target languages, and its score.
+
+`python finetune.py --tgt hi` starts from `primed/`; with --tune and --init it does every row of Table 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
+from prime import (
+    adamw, as_batch, common_parser, positive, progress, read_split, run,
+    tag_loss, tokenize, versions, whole_folder,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common_parser(__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets (paper: hi af az lt et nl)")
+    flag("--tune", choices=["adapter", "head", "full"], default="adapter",
+         help="adapter: θa and θh (rows 3 to 7 of Table 1); head: θh, no adapter (row 2); full: θp and "
+         "θh, no adapter (row 1)")
+    flag("--init", default="primed",
+         help="where θp and θa come from: a folder that prime.py wrote (rows 4 to 7; --model then has no "
+         "say), or none: θp from --model and a random θa (rows 1 to 3)")
+    flag("--bottleneck", type=positive(int), default=64, help="of the adapter with --init none (paper: 64)")
+    flag("--epochs", type=positive(int), default=10, help="passes over the training split (paper: not said)")
+    flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling linearly to 0 (paper: not said)")
+    flag("--batch-size", type=positive(int), default=32, help="sentences a step (paper: not said)")
+    flag("--seeds", type=int, nargs="+", default=[0], help="of the head, a random θa, the order; a run each")
+    flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split only")
+    flag("--results", type=Path, default=Path("results.jsonl"), help="file to which each run adds its line")
+    flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
+    flag("--score", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept, without training")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.score:
+        kept = json.loads((args.score / "tuned.json").read_text())
+        vars(args).update({name: kept[name] for name in ("model", "init", "tune", "bottleneck")})
+    elif args.init != "none":
+        record = json.loads((Path(args.init) / "priming.json").read_text())
+        vars(args).update(model=record["arguments"]["model"], bottleneck=record["bottleneck"])
+    encoder, tokenizer = load_encoder(args.model if args.init == "none" else args.init)
+    lines = []
+    for language in args.tgt:
+        train_rows, tag_names = read_split(args.data, language, "train", args.limit_train)
+        test_rows, _ = read_split(args.data, language, "test", args.limit_test)
+        train, test = (tokenize(rows, tokenizer, args.max_length) for rows in (train_rows, test_rows))
+        features: dict[str, Sequence[Tensor]] = {}
+        for seed in args.seeds:
+            began = time.perf_counter()
+            model, tuned = start(args, encoder, len(tag_names), seed)
+            if args.tune != "full" and not features:  # θp stays: each sentence is encoded once for all runs
+                features = {"train": encode(model, train), "test": encode(model, test)}
+            if args.score:
+                load_parameters(tuned, args.score / "tuned.safetensors")
+            else:
+                tune(args, model, tuned, train, features.get("train"), seed)
+            predicted = predict(model, test, features.get("test") or encode(model, test), tag_names)
+            gold = [[tag_names[tag] for tag in sentence.tags] for sentence in test]
+            updated = sum(parameter.numel() for parameter in tuned.values())
+            parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
+            line = {"target": language, "seed": seed, **vars(args), **score(gold, predicted),
+                    "updated": updated, "parameters": parameters, "share": updated / parameters,
+                    "train_sentences": len(train), "test_sentences": len(test),
+                    "seconds": time.perf_counter() - began, "versions": versions()}
+            print(describe(line))
+            append_line(args.results, line)
+            if args.save:
+                with whole_folder(args.save / f"{language}-{seed}") as folder:
+                    save_parameters(tuned, folder / "tuned.safetensors")
+                    (folder / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
+            lines.append(line)
+    if len(lines) > 1:
+        print_table(lines)
+
+
+def start(
+    args: argparse.Namespace, encoder: nn.Module, num_tags: int, seed: int
+) -> tuple[Tagger, Parameters]:
+    """The model before fine-tuning, always with a random head, and the parameters that fine-tuning moves."""
+    torch.manual_seed(seed)
+    if args.tune == "full":
+        encoder = copy.deepcopy(encoder)  # the next run starts from the same one
+    bottleneck = args.bottleneck if args.tune == "adapter" else 0
+    model = Tagger(encoder, num_tags, bottleneck).to(args.device).eval()
+    theta_p, theta_a, theta_h = model.sets()
+    if args.tune == "adapter" and args.init != "none":
+        load_parameters(theta_a, Path(args.init) / "adapter.safetensors")
+    return model, {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
+
+
+def tune(
+    args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence],
+    features: Sequence[Tensor] | None, seed: int,
+) -> None:
+    """Fine-tunes the parameters `tuned` on the sentences or, where θp stays, on their features."""
+    steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
+    optimizer, schedule = adamw(tuned.values(), args.lr, steps)
+    model.train(args.tune == "full")  # dropout is for what fine-tuning moves
+    with progress(f"seed {seed}", steps, []) as report:
+        for epoch in range(args.epochs):
+            order = random.Random(f"{seed} {epoch}").sample(range(len(sentences)), len(sentences))
+            for begin in range(0, len(order), args.batch_size):
+                chosen = order[begin : begin + args.batch_size]
+                x, tags = as_batch([sentences[i] for i in chosen], args.device)
+                batch = (torch.cat([features[i] for i in chosen]) if features else x, tags)
+                optimizer.zero_grad()
+                loss = tag_loss(model, batch)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                report(loss.item())
+    model.eval()
+
+
+@torch.no_grad()
+def encode(model: Tagger, sentences: list[Sentence]) -> Sequence[Tensor]:
+    """f(x; θp) of each sentence: [words, hidden]."""
+    return model.encode(sentences).split([len(sentence.words) for sentence in sentences])
+
+
+@torch.no_grad()
+def predict(
+    model: Tagger, sentences: list[Sentence], features: Sequence[Tensor], tag_names: list[str]
+) -> list[list[str]]:
+    """The tag of every word; O for one that has no piece."""
+    best = iter(model(torch.cat(features)).argmax(dim=-1).tolist())
+    predicted = [["O"] * len(sentence.tags) for sentence in sentences]
+    for sentence, tags in zip(sentences, predicted):
+        for word in sentence.words:
+            tags[word] = tag_names[next(best)]
+    return predicted
+
+
+def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """Entity-level micro F1, precision and recall, and F1 a type, in percent (seqeval, IOB2, strict)."""
+    from seqeval.metrics import classification_report
+    from seqeval.scheme import IOB2
+
+    report = classification_report(
+        gold, predicted, output_dict=True, mode="strict", scheme=IOB2, zero_division=0
+    )
+    percent = {name: 100 * float(row["f1-score"]) for name, row in report.items()}
+    micro = report["micro avg"]
+    return {
+        "f1": percent["micro avg"], "precision": 100 * float(micro["precision"]),
+        "recall": 100 * float(micro["recall"]),
+        "types": {name: f1 for name, f1 in percent.items() if not name.endswith(" avg")},
+    }
+
+
+def describe(line: dict[str, Any]) -> str:
+    types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
+    return (f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
+            f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "
+            f"({line['share']:.4%})  {line['seconds']:.1f} s")
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Adds a JSON line in one write, so that several processes can share the file."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(line, default=str).encode() + b"\n")
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Mean and standard deviation over seeds, a row a target."""
+    by_target: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_target.setdefault(line["target"], []).append(line)
+    print(f"{'target':8}{'F1':>8}{'std':>7}{'P':>8}{'R':>8}  seeds")
+    for target, runs in by_target.items():
+        f1, precision, recall = ([run[key] for run in runs] for key in ("f1", "precision", "recall"))
+        spread = f"{stdev(f1):7.2f}" if len(f1) > 1 else f"{'-':>7}"
+        print(f"{target:8}{mean(f1):8.2f}{spread}{mean(precision):8.2f}{mean(recall):8.2f}  {len(runs)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,365 @@
+"""Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (Findings of ACL 2023).
+
+`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime your
+own model, copy this file and call `prime`: it needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+if TYPE_CHECKING:  # at run time these are imported where a script needs them
+    from adapters import Sentence, Tagger
+    from transformers import PreTrainedTokenizerFast
+
+Batch = Any  # whatever the loss takes
+Loss = Callable[[Callable[..., Any], Batch], Tensor]  # L(f_θ, D): of what behaves as the model, and a batch
+Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
+
+
+def prime(
+    model: nn.Module, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
+    batches: Iterable[Iterable[tuple[Batch, Batch]]], loss: Loss, optimizer: Optimizer,
+    schedule: LRScheduler, *, inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False,
+    hoist: Callable[[Batch], Batch] | None = None, report: Callable[[float], None] = lambda loss: None,
+) -> tuple[Parameters, Parameters]:
+    """Algorithm 1, with the first-order meta-gradient of §4.2. θp, θa and θh are moved in place.
+
+    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`. A parameter in none of them
+        is a constant.
+    batches: each is a batch of tasks, and a task is a support set and a query set, of any form that `loss`
+        takes. Convergence is the caller's to judge: the algorithm ends with the last batch.
+    loss: L(f, D), a scalar, given what to call in the place of `model` and a support or a query set.
+    optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
+    maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
+    hoist: makes of a support set one in which f(x; θp) is done, that `loss` takes too. For a model in which
+        θa and θh come after all of θp, and θp's part is deterministic (no dropout).
+    report: is called after every meta step with its query loss, summed over the tasks.
+
+    The mode of the model (train or eval) stays as it is. Afterwards `.grad` of θp and θa holds the last
+    meta-gradient; `.grad` of θh is untouched.
+    """
+    outer = [*theta_p.values(), *theta_a.values()]
+    # Alg. 1, line 1: not converged as long as the caller has batches
+    for tasks in batches:  # Alg. 1, line 2
+        optimizer.zero_grad()
+        query_loss = 0.0
+        theta_1_h = None
+        for support, query in tasks:  # Alg. 1, line 3
+            theta_i = {**theta_p, **theta_a, **theta_h}  # Alg. 1, line 4
+            if hoist and not maml:
+                with torch.no_grad():  # exact: down to line 7 nothing moves θp, so f(x; θp) stays the same
+                    support = hoist(support)
+            for _ in range(inner_steps):  # Alg. 1, line 5
+                moving = [*theta_a, *theta_h]  # Alg. 1, line 6: θi_a and θi_h ...
+                if maml:
+                    moving += theta_p  # Alg. 1, the red line: ... and θi_p, "in MAML, but not here"
+                support_loss = loss(at(model, theta_i), support)
+                at_theta_i = [theta_i[name] for name in moving]
+                gradients = torch.autograd.grad(support_loss, at_theta_i, materialize_grads=True)
+                for name, gradient in zip(moving, gradients):
+                    # To autograd this gradient is a constant, so dθi/dθ is the identity: first order.
+                    theta_i[name] = theta_i[name] - inner_lr * gradient
+            # Alg. 1, line 7
+            if theta_1_h is None:
+                theta_1_h = {name: theta_i[name].detach() for name in theta_h}
+            task_loss = loss(at(model, theta_i), query)
+            task_loss.backward(inputs=outer)  # adds to .grad: the sum over tasks of line 9
+            query_loss += task_loss.item()
+        # Alg. 1, line 8
+        optimizer.step()  # Alg. 1, line 9: θa and θp ...
+        schedule.step()
+        with torch.no_grad():
+            for name, parameter in theta_h.items():
+                parameter.copy_(theta_1_h[name])  # ... and θh = θ1_h
+        report(query_loss)
+    # Alg. 1, line 10
+    return theta_p, theta_a  # Alg. 1, line 11
+
+
+def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The paper's f_θ: what behaves as `model` with the parameters `theta` in the place of its own."""
+    return lambda *args, **kwargs: functional_call(model, theta, args, kwargs)
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
+    """AdamW (Loshchilov and Hutter 2019) whose rate falls linearly from `lr` to zero over `steps` steps."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
+    return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / max(1, steps)))
+
+
+# ---- the data: WikiAnn as tasks ----
+
+TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+ARCHIVE_NAMES = {"train": "train", "validation": "dev", "test": "test"}  # Rahimi et al. 2019
+
+Row = tuple[list[str], list[int]]  # the words of a sentence and the numbers of their tags
+
+
+class BadInput(Exception):
+    """What was wrong, where, and what to do, in one line."""
+
+
+def read_split(data: str, language: str, split: str, limit: int | None = None) -> tuple[list[Row], list[str]]:
+    """The first `limit` sentences of a split ("train", "validation" or "test") and the names of the tags.
+
+    `data` is a hub name or a local folder with one folder a language, in one of three layouts: `train.txt`
+    with `token<TAB>tag` lines, the original archives' `train` with `language:` before each token, and parquet
+    as on the hub, `train-*.parquet`. Raises BadInput.
+    """
+    import datasets
+
+    folder = Path(data) / language
+    text, archive = folder / f"{split}.txt", folder / ARCHIVE_NAMES[split]
+    parquet = sorted(folder.glob(f"{split}-*.parquet"))
+    if text.is_file():
+        return read_lines(text, "", limit), TAGS
+    if archive.is_file():
+        return read_lines(archive, f"{language}:", limit), TAGS
+    if parquet:
+        table = datasets.Dataset.from_parquet([str(path) for path in parquet])
+    elif Path(data).is_dir():
+        found = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
+        raise BadInput(f"{folder}: no {split} split there; the languages of {data} are: {' '.join(found)}")
+    else:
+        try:
+            table = datasets.load_dataset(data, language, split=split)
+        except Exception as error:  # the hub's client raises a dozen kinds
+            raise BadInput(
+                f"--data {data}: no such folder, and as a hub name: {str(error).splitlines()[0]}; "
+                "offline, give a local folder to --data and --model"
+            ) from error
+    table = table.select(range(min(len(table), limit or len(table))))
+    names = getattr(table.features["ner_tags"].feature, "names", TAGS)
+    return list(zip(table["tokens"], table["ner_tags"])), names
+
+
+def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
+    """The sentences of a text file; a blank line ends one. Raises BadInput with the number of the line."""
+    rows: list[Row] = []
+    words: list[str] = []
+    tags: list[int] = []
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.rstrip("\r\n")
+            if line:
+                columns = line.removeprefix(prefix).split("\t")
+                if len(columns) != 2 or not columns[0]:
+                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line!r}")
+                if columns[1] not in TAGS:
+                    raise BadInput(f"{path}:{number}: tag {columns[1]!r} is none of {' '.join(TAGS)}")
+                words.append(columns[0])
+                tags.append(TAGS.index(columns[1]))
+            elif words:
+                rows.append((words, tags))
+                words, tags = [], []
+            if len(rows) == limit:
+                return rows
+    return rows + [(words, tags)] * bool(words)
+
+
+def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Sentence]:
+    """Word pieces and their alignment: the first piece of a word carries its tag, the others carry none."""
+    from adapters import Sentence
+
+    encoded = tokenizer(
+        [words for words, _ in rows], is_split_into_words=True, truncation=True, max_length=max_length
+    )
+    sentences = []
+    for i, (_, tags) in enumerate(rows):
+        first: dict[int, int] = {}  # word: position of its first piece
+        for position, word in enumerate(encoded.word_ids(i)):
+            if word is not None:
+                first.setdefault(word, position)
+        sentences.append(Sentence(encoded["input_ids"][i], list(first.values()), list(first), tags))
+    return sentences
+
+
+def sample_tasks(
+    corpora: Sequence[Sequence[Sentence]], args: argparse.Namespace, step: int
+) -> Iterator[tuple[list[Sentence], list[Sentence]]]:
+    """The support and query sets of a meta step: disjoint random sentences of the source languages in turn.
+
+    They depend on `args.seed` and `step` alone: every method draws the same sentences. FT priming takes both
+    sets together as the query set.
+    """
+    chance = random.Random(f"{args.seed} {step}")
+    for i in range(step * args.tasks, (step + 1) * args.tasks):
+        drawn = chance.sample(corpora[i % len(corpora)], args.support + args.query)
+        support = 0 if args.method == "ft" else args.support
+        yield drawn[:support], drawn[support:]
+
+
+def as_batch(sentences: Sequence[Sentence], device: torch.device) -> tuple[Sequence[Sentence], Tensor]:
+    """What `tag_loss` takes: sentences, and the tags of the words that have a piece, int64, [words]."""
+    tags = [sentence.tags[word] for sentence in sentences for word in sentence.words]
+    return sentences, torch.tensor(tags, device=device)
+
+
+def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Sentence] | Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy over words; the batch holds sentences, or their features, and the words' tags."""
+    x, tags = batch
+    return nn.functional.cross_entropy(model(x), tags)
+
+
+# ---- the command ----
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common_parser(__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages (paper: en es)")
+    flag("--method", choices=["meta", "maml", "ft"], default="meta",
+         help="meta: Algorithm 1 (row 4 of Table 1); maml: with its red line (row 6); ft: plain fine-tuning "
+         "of θp, θa and θh on the sentences that the tasks would have drawn (row 5)")
+    flag("--inner-steps", type=positive(int, or_zero=True), default=5, help="S (paper: 5; in row 7: 1)")
+    flag("--inner-lr", type=positive(float), default=0.03, help="α, of SGD in the inner loop (paper: 0.03)")
+    flag("--outer-lr", type=positive(float), default=5e-5, help="β, of AdamW, falling to 0 (paper: 5e-5)")
+    flag("--steps", type=positive(int), default=1000, help="meta steps (paper: not said)")
+    flag("--tasks", type=positive(int), default=2, help="tasks in a batch (paper: not said)")
+    flag("--support", type=positive(int), default=16, help="support sentences a task (paper: not said)")
+    flag("--query", type=positive(int), default=16, help="query sentences a task (paper: not said)")
+    flag("--bottleneck", type=positive(int), default=64, help="of the adapter (paper: 64)")
+    flag("--seed", type=int, default=0, help="of initialisation and sampling")
+    flag("--output", type=Path, default=Path("primed"), help="folder for θp*, θa* and priming.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    from adapters import Tagger, load_encoder, save_parameters
+
+    refuse_other_folder(args.output, "priming.json")
+    encoder, tokenizer = load_encoder(args.model)
+    corpora, tag_names = [], TAGS
+    for language in args.src:
+        rows, tag_names = read_split(args.data, language, "train", args.limit_train)
+        if len(rows) < args.support + args.query:
+            raise BadInput(f"{language}: {len(rows)} training sentences do not fill a support and a query "
+                           f"set; lower --support {args.support} or --query {args.query}")
+        corpora.append(tokenize(rows, tokenizer, args.max_length))
+    torch.manual_seed(args.seed)
+    model = Tagger(encoder, len(tag_names), args.bottleneck).to(args.device).eval()
+    theta_p, theta_a, theta_h = model.sets()
+    batches = (
+        [[as_batch(part, args.device) for part in task] for task in sample_tasks(corpora, args, step)]
+        for step in range(args.steps)
+    )
+    if args.method == "ft":  # §5.2: without inner steps the meta step is plain fine-tuning on the query sets
+        theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
+        model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
+    optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
+    losses: list[float] = []
+    with progress(f"priming ({args.method})", args.steps, losses) as report:
+        prime(model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
+              inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
+              hoist=None if args.method == "ft" else lambda batch: (model.encode(batch[0]), batch[1]),
+              report=report)
+
+    record = {"bottleneck": args.bottleneck, "tags": tag_names, "arguments": vars(args),
+              "versions": versions(), "last_losses": losses[-10:]}
+    with whole_folder(args.output) as folder:
+        encoder.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_parameters(theta_a, folder / "adapter.safetensors")
+        (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
+    print(f"{args.output}: θp* and θa* after {args.steps} steps; loss {losses[0]:.3f} → {losses[-1]:.3f}")
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that prime.py and finetune.py share; a wrong one is a BadInput."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = fail
+    flag = parser.add_argument
+    flag("--model", default="bert-base-multilingual-cased",
+         help="pretrained encoder, a hub name or a folder that AutoModel loads (paper: mBERT, this default)")
+    flag("--data", default="unimelb-nlp/wikiann",
+         help="a hub name, or a folder with a folder a language that holds {train,validation,test}.txt, the "
+         "original archives' {train,dev,test}, or train-*.parquet and so on (paper: WikiAnn, this default)")
+    flag("--max-length", type=positive(int), default=128, help="word pieces; words beyond count as O")
+    flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of a training split only")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
+    return parser
+
+
+def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number over zero, or zero where that has a meaning."""
+    def positive_number(text: str) -> float:
+        value = kind(text)
+        if not (0 < value < math.inf or or_zero and value == 0):
+            raise ValueError
+        return value
+
+    return positive_number
+
+
+@contextmanager
+def progress(label: str, steps: int, losses: list[float]) -> Iterator[Callable[[float], None]]:
+    """What to call with the loss of each step: it keeps the loss and moves a bar, if stderr is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
+        def report(loss: float) -> None:
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        yield report
+
+
+def refuse_other_folder(folder: Path, mark: str) -> None:
+    """Raises BadInput where `whole_folder` would replace something that does not hold the file `mark`."""
+    if folder.exists() and not (folder / mark).exists():
+        raise BadInput(f"{folder} holds something else than our output (no {mark}); name another folder")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder that gets its name, and replaces the one before it, only when everything is written."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "seqeval")}
+
+
+def fail(message: str) -> NoReturn:
+    raise BadInput(message)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command; bad input ends it with one line on stderr and exit status 2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
