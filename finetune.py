@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
 from prime import (
-    adamw, as_batch, common_parser, positive, progress, read_split, run,
+    adamw, as_batch, common_parser, positive, progress, read_split, reading, run,
     tag_loss, tokenize, versions, whole_folder,
 )
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--bottleneck", type=positive(int), default=64, help="of the adapter with --init none (paper: 64)")
     flag("--epochs", type=positive(int), default=10, help="passes over the training split (paper: not said)")
     flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling linearly to 0 (paper: not said)")
-    flag("--batch-size", type=positive(int), default=32, help="sentences a step (paper: not said)")
+    flag("--batch-size", type=positive(int), default=16, help="sentences a step (paper: not said)")
     flag("--seeds", type=int, nargs="+", default=[0], help="of the head, a random θa, the order; a run each")
     flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split only")
     flag("--results", type=Path, default=Path("results.jsonl"), help="file to which each run adds its line")
@@ -50,12 +50,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.score:
-        kept = json.loads((args.score / "tuned.json").read_text())
-        vars(args).update({name: kept[name] for name in ("model", "init", "tune", "bottleneck")})
+        with reading(f"--score {args.score}"):
+            kept = json.loads((args.score / "tuned.json").read_text())
+            vars(args).update({name: kept[name] for name in ("model", "init", "tune", "bottleneck")})
     elif args.init != "none":
-        record = json.loads((Path(args.init) / "priming.json").read_text())
-        vars(args).update(model=record["arguments"]["model"], bottleneck=record["bottleneck"])
-    encoder, tokenizer = load_encoder(args.model if args.init == "none" else args.init)
+        with reading(f"--init {args.init}, which prime.py writes"):
+            record = json.loads((Path(args.init) / "priming.json").read_text())
+            vars(args).update(model=record["arguments"]["model"], bottleneck=record["bottleneck"])
+    source = args.model if args.init == "none" else args.init
+    with reading(source):
+        encoder, tokenizer = load_encoder(source)
     lines = []
     for language in args.tgt:
         train_rows, tag_names = read_split(args.data, language, "train", args.limit_train)
@@ -68,7 +72,8 @@ def main() -> None:
             if args.tune != "full" and not features:  # θp stays: each sentence is encoded once for all runs
                 features = {"train": encode(model, train), "test": encode(model, test)}
             if args.score:
-                load_parameters(tuned, args.score / "tuned.safetensors")
+                with reading(f"--score {args.score}"):
+                    load_parameters(tuned, args.score / "tuned.safetensors")
             else:
                 tune(args, model, tuned, train, features.get("train"), seed)
             predicted = predict(model, test, features.get("test") or encode(model, test), tag_names)
@@ -79,29 +84,29 @@ def main() -> None:
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test),
                     "seconds": time.perf_counter() - began, "versions": versions()}
-            print(describe(line))
-            append_line(args.results, line)
+            lines.append(line)
+            report(line)
+            with open(args.results, "ab", buffering=0) as file:  # one write: processes may share the file
+                file.write(json.dumps(line, default=str).encode() + b"\n")
             if args.save:
-                with whole_folder(args.save / f"{language}-{seed}") as folder:
+                with whole_folder(args.save / f"{language}-{seed}", "tuned.json") as folder:
                     save_parameters(tuned, folder / "tuned.safetensors")
                     (folder / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
-            lines.append(line)
     if len(lines) > 1:
         print_table(lines)
 
 
-def start(
-    args: argparse.Namespace, encoder: nn.Module, num_tags: int, seed: int
-) -> tuple[Tagger, Parameters]:
+def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) -> tuple[Tagger, Parameters]:
     """The model before fine-tuning, always with a random head, and the parameters that fine-tuning moves."""
     torch.manual_seed(seed)
     if args.tune == "full":
         encoder = copy.deepcopy(encoder)  # the next run starts from the same one
     bottleneck = args.bottleneck if args.tune == "adapter" else 0
-    model = Tagger(encoder, num_tags, bottleneck).to(args.device).eval()
+    model = Tagger(encoder, tags, bottleneck).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
     if args.tune == "adapter" and args.init != "none":
-        load_parameters(theta_a, Path(args.init) / "adapter.safetensors")
+        with reading(f"--init {args.init}"):
+            load_parameters(theta_a, Path(args.init) / "adapter.safetensors")
     return model, {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
 
 
@@ -113,7 +118,7 @@ def tune(
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
     optimizer, schedule = adamw(tuned.values(), args.lr, steps)
     model.train(args.tune == "full")  # dropout is for what fine-tuning moves
-    with progress(f"seed {seed}", steps, []) as report:
+    with progress(f"seed {seed}", steps, []) as step_done:
         for epoch in range(args.epochs):
             order = random.Random(f"{seed} {epoch}").sample(range(len(sentences)), len(sentences))
             for begin in range(0, len(order), args.batch_size):
@@ -125,7 +130,7 @@ def tune(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                report(loss.item())
+                step_done(loss.item())
     model.eval()
 
 
@@ -165,29 +170,21 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def describe(line: dict[str, Any]) -> str:
+def report(line: dict[str, Any]) -> None:
     types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
-    return (f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
-            f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "
-            f"({line['share']:.4%})  {line['seconds']:.1f} s")
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Adds a JSON line in one write, so that several processes can share the file."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(json.dumps(line, default=str).encode() + b"\n")
+    print(f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
+          f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "
+          f"({line['share']:.4%})  {line['seconds']:.1f} s")
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over seeds, a row a target."""
-    by_target: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        by_target.setdefault(line["target"], []).append(line)
-    print(f"{'target':8}{'F1':>8}{'std':>7}{'P':>8}{'R':>8}  seeds")
-    for target, runs in by_target.items():
+    """Mean and standard deviation over the seeds, a row a target."""
+    print(f"{'target':8}{'F1':>8}{'std':>8}{'P':>8}{'R':>8}{'seeds':>7}")
+    for target in dict.fromkeys(line["target"] for line in lines):
+        runs = [line for line in lines if line["target"] == target]
         f1, precision, recall = ([run[key] for run in runs] for key in ("f1", "precision", "recall"))
-        spread = f"{stdev(f1):7.2f}" if len(f1) > 1 else f"{'-':>7}"
-        print(f"{target:8}{mean(f1):8.2f}{spread}{mean(precision):8.2f}{mean(recall):8.2f}  {len(runs)}")
+        spread = stdev(f1) if len(f1) > 1 else math.nan
+        print(f"{target:8}{mean(f1):8.2f}{spread:8.2f}{mean(precision):8.2f}{mean(recall):8.2f}{len(runs):7}")
 
 
 if __name__ == "__main__":

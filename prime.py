@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 if TYPE_CHECKING:  # at run time these are imported where a script needs them
-    from adapters import Sentence, Tagger
+    from adapters import Sentence
     from transformers import PreTrainedTokenizerFast
 
 Batch = Any  # whatever the loss takes
@@ -116,6 +116,16 @@ class BadInput(Exception):
     """What was wrong, where, and what to do, in one line."""
 
 
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Whatever a library raises while it reads `source` is a BadInput."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{source}: {type(error).__name__}: {reason[:300]}") from error
+
+
 def read_split(data: str, language: str, split: str, limit: int | None = None) -> tuple[list[Row], list[str]]:
     """The first `limit` sentences of a split ("train", "validation" or "test") and the names of the tags.
 
@@ -138,13 +148,8 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
         found = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
         raise BadInput(f"{folder}: no {split} split there; the languages of {data} are: {' '.join(found)}")
     else:
-        try:
+        with reading(f"--data {data}, which is no local folder"):
             table = datasets.load_dataset(data, language, split=split)
-        except Exception as error:  # the hub's client raises a dozen kinds
-            raise BadInput(
-                f"--data {data}: no such folder, and as a hub name: {str(error).splitlines()[0]}; "
-                "offline, give a local folder to --data and --model"
-            ) from error
     table = table.select(range(min(len(table), limit or len(table))))
     names = getattr(table.features["ner_tags"].feature, "names", TAGS)
     return list(zip(table["tokens"], table["ner_tags"])), names
@@ -178,9 +183,8 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, max_length
     """Word pieces and their alignment: the first piece of a word carries its tag, the others carry none."""
     from adapters import Sentence
 
-    encoded = tokenizer(
-        [words for words, _ in rows], is_split_into_words=True, truncation=True, max_length=max_length
-    )
+    texts = [words for words, _ in rows]
+    encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
     sentences = []
     for i, (_, tags) in enumerate(rows):
         first: dict[int, int] = {}  # word: position of its first piece
@@ -245,8 +249,9 @@ def main() -> None:
     args = parse_arguments()
     from adapters import Tagger, load_encoder, save_parameters
 
-    refuse_other_folder(args.output, "priming.json")
-    encoder, tokenizer = load_encoder(args.model)
+    refuse_other(args.output, "priming.json")
+    with reading(f"--model {args.model}"):
+        encoder, tokenizer = load_encoder(args.model)
     corpora, tag_names = [], TAGS
     for language in args.src:
         rows, tag_names = read_split(args.data, language, "train", args.limit_train)
@@ -274,7 +279,7 @@ def main() -> None:
 
     record = {"bottleneck": args.bottleneck, "tags": tag_names, "arguments": vars(args),
               "versions": versions(), "last_losses": losses[-10:]}
-    with whole_folder(args.output) as folder:
+    with whole_folder(args.output, "priming.json") as folder:
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_parameters(theta_a, folder / "adapter.safetensors")
@@ -325,15 +330,16 @@ def progress(label: str, steps: int, losses: list[float]) -> Iterator[Callable[[
         yield report
 
 
-def refuse_other_folder(folder: Path, mark: str) -> None:
-    """Raises BadInput where `whole_folder` would replace something that does not hold the file `mark`."""
+def refuse_other(folder: Path, mark: str) -> None:
+    """Raises BadInput if something is there that does not hold the file `mark`: it is not ours to replace."""
     if folder.exists() and not (folder / mark).exists():
-        raise BadInput(f"{folder} holds something else than our output (no {mark}); name another folder")
+        raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that gets its name, and replaces the one before it, only when everything is written."""
+def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
+    """A folder that takes its name, and the place of an earlier one, only when everything is written."""
+    refuse_other(folder, mark)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
