@@ -1,0 +1,779 @@
+"""The claims of the paper, and of the README, each with the test that fails where the code breaks it.
+
+| claim | test |
+|---|---|
+| Alg. 1, line 6: the inner loop leaves θp alone | test_inner_loop_leaves_theta_p_bit_identical |
+| red line: MAML moves the task's copy of θp, and only the copy | test_maml_moves_only_the_copy_of_theta_p |
+| line 4: θi = θ for every task | test_every_task_starts_from_theta |
+| line 9: θh = θ1_h, whatever the other tasks do | test_theta_h_becomes_the_first_tasks_head |
+| line 9: θp and θa move, and nothing else | test_meta_step_moves_theta_p_and_theta_a_and_nothing_else |
+| §5.2: without inner steps, plain fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
+| f(x; θp) is a loop invariant | test_hoisting_changes_no_gradient |
+| a task's support and query sets are disjoint | test_support_and_query_are_disjoint |
+| prime.py is vendored with torch alone | test_prime_imports_torch_alone |
+| f at the first piece of a word, without padding's influence | test_encoding_equals_one_sentence_at_a_time |
+| Table 1: each setting updates its parameters and no other | test_setting_updates_exactly_its_parameters, ... |
+| what is saved loads elsewhere and scores the same | test_primed_loads_elsewhere, test_saved_pair_scores_the_same |
+| the three data layouts hold the same sentences | test_data_layouts_load_the_same_sentences |
+| words cut off count as O; strict IOB2 | test_score_equals_a_hand_count, test_words_cut_off_count_as_o |
+| bad input is one line, exit status 2 | test_bad_input_is_one_line |
+| priming helps, on the demo | test_priming_gains_ten_points_on_hindi |
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adapters
+import finetune
+import prime
+
+HERE = Path(__file__).parent
+DEMO = ["--model", "demo/encoder", "--data", "demo/wikiann"]
+
+
+# ---- Algorithm 1, in float64 on a model of a few dozen parameters ----
+
+
+class Small(nn.Module):
+    """h(g(f(x))) in float64, with a buffer and a constant; keeps the parameters of every call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.g, self.h = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.constant = nn.Parameter(torch.ones(5))
+        self.register_buffer("shift", torch.full((5,), 0.1))
+        self.calls = []
+        self.double()
+
+    def features(self, x):
+        return torch.tanh(self.f(x)) * self.constant + self.shift
+
+    def forward(self, x):
+        self.calls.append({name: p.detach().clone() for name, p in self.named_parameters()})
+        return self.h(torch.tanh(self.g(x if x.shape[-1] == 5 else self.features(x))))
+
+    def sets(self):
+        return [{n: p for n, p in self.named_parameters() if n.startswith(part)} for part in ("f.", "g.", "h.")]
+
+
+def loss(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def make_tasks(count, seed=1):
+    chance = torch.Generator().manual_seed(seed)
+
+    def part():
+        x = torch.randn(6, 4, generator=chance, dtype=torch.float64)
+        return x, torch.randint(3, (6,), generator=chance)
+
+    return [(part(), part()) for _ in range(count)]
+
+
+def meta_step(model, tasks, **settings):
+    """One meta step of Algorithm 1 with AdamW; gives θ before it."""
+    before = copy.deepcopy(model.state_dict())
+    theta_p, theta_a, theta_h = model.sets()
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 10)
+    prime.prime(model, theta_p, theta_a, theta_h, [tasks], loss, optimizer, schedule, **settings)
+    return before
+
+
+def same(a, b, prefix=""):
+    return all(torch.equal(a[name], b[name]) for name in a if name.startswith(prefix))
+
+
+def test_inner_loop_leaves_theta_p_bit_identical():
+    model = Small()
+    before = meta_step(model, make_tasks(3), inner_steps=5, inner_lr=0.5)
+    assert len(model.calls) == 3 * (5 + 1)
+    assert all(same(theta_i, before, "f.") for theta_i in model.calls)
+    queries = model.calls[5::6]
+    assert not any(same(theta_i, before, "g.") or same(theta_i, before, "h.") for theta_i in queries)
+
+
+def test_maml_moves_only_the_copy_of_theta_p():
+    model = Small()
+    before = copy.deepcopy(model.state_dict())
+    own = []
+
+    def watching_loss(f, batch):
+        own.append(copy.deepcopy(model.state_dict()))
+        return loss(f, batch)
+
+    theta_p, theta_a, theta_h = model.sets()
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 10)
+    prime.prime(model, theta_p, theta_a, theta_h, [make_tasks(2)], watching_loss, optimizer, schedule,
+                inner_steps=3, maml=True)
+    assert len(own) == 2 * (3 + 1)
+    assert all(same(state, before) for state in own)  # the model itself, up to the last query pass
+    assert not any(same(theta_i, before, "f.") for theta_i in model.calls[3::4])  # the copies
+
+
+@pytest.mark.parametrize("maml", [False, True])
+def test_every_task_starts_from_theta(maml):
+    model = Small()
+    before = meta_step(model, make_tasks(3), inner_steps=2, maml=maml)
+    assert all(same(theta_i, before, part) for theta_i in model.calls[0::3] for part in ("f.", "g.", "h."))
+
+
+def test_theta_h_becomes_the_first_tasks_head():
+    tasks = make_tasks(3)
+    model, alone, others = Small(), Small(), Small()
+    meta_step(model, tasks)
+    meta_step(alone, tasks[:1])
+    meta_step(others, [tasks[0], *make_tasks(2, seed=9)])
+    theta_1_h = model.calls[5]  # what the first query pass was given, after five inner steps
+    assert same({n: p for n, p in model.state_dict().items() if n.startswith("h.")}, theta_1_h)
+    assert same(alone.state_dict(), model.state_dict(), "h.") and same(others.state_dict(), model.state_dict(), "h.")
+
+
+def test_meta_step_moves_theta_p_and_theta_a_and_nothing_else():
+    model = Small()
+    before = meta_step(model, make_tasks(2))
+    after = model.state_dict()
+    for name in after:
+        assert torch.equal(after[name], before[name]) == (name in ("constant", "shift")), name
+    assert all((p.grad is None) == (n[0] not in "fg") for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("maml", [False, True])
+def test_without_inner_steps_the_gradient_is_that_of_fine_tuning(maml):
+    tasks, model, plain = make_tasks(2), Small(), Small()
+    meta_step(model, tasks, inner_steps=0, maml=maml)
+    for _, query in tasks:
+        loss(plain, query).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        if name[:2] in ("f.", "g."):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
+    assert same(model.state_dict(), plain.state_dict(), "h.")
+
+
+def test_hoisting_changes_no_gradient():
+    tasks, hoisted, textbook = make_tasks(2), Small(), Small()
+    meta_step(hoisted, tasks, hoist=lambda batch: (hoisted.features(batch[0]), batch[1]))
+    meta_step(textbook, tasks)
+    for p, q in zip(hoisted.parameters(), textbook.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+# ---- the meta-gradient, against oracles that share no code with it ----
+
+
+class Linear(nn.Module):
+    """h(g(f(x))), three matrices, whose gradients can be written down: see `closed_form`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.g, self.h = (nn.Linear(*shape, bias=False) for shape in ((4, 5), (5, 3), (3, 2)))
+        self.double()
+
+    def forward(self, x):
+        return self.h(self.g(self.f(x)))
+
+    sets = Small.sets
+
+
+def squared_loss(model, batch):
+    x, y = batch
+    return (model(x) - y).square().sum() / (2 * len(x))
+
+
+def regression_tasks(count, seed=1):
+    chance = torch.Generator().manual_seed(seed)
+
+    def part():
+        return tuple(torch.randn(6, n, generator=chance, dtype=torch.float64) for n in (4, 2))
+
+    return [(part(), part()) for _ in range(count)]
+
+
+def closed_form(theta, batch):
+    """The gradients of `squared_loss`, by hand."""
+    (x, y), (f, g, h) = batch, theta
+    error = (x @ f.T @ g.T @ h.T - y) / len(x)
+    return (error @ h @ g).T @ x, (error @ h).T @ x @ f.T, error.T @ x @ f.T @ g.T
+
+
+def oracle_meta_gradient(theta, tasks, steps, maml, lr):
+    """Σ over tasks of the query gradient at θi, and θ1_h, with plain tensors and no autograd."""
+    total, heads = [torch.zeros_like(part) for part in theta], []
+    for support, query in tasks:
+        f, g, h = theta
+        for _ in range(steps):
+            df, dg, dh = closed_form((f, g, h), support)
+            f, g, h = f - lr * df * maml, g - lr * dg, h - lr * dh
+        total = [a + b for a, b in zip(total, closed_form((f, g, h), query))]
+        heads.append(h)
+    return total, heads[0]
+
+
+@pytest.mark.parametrize("maml", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_first_order_meta_gradient_equals_the_closed_form(steps, count, maml):
+    model, tasks = Linear(), regression_tasks(count)
+    theta = [p.detach().clone() for p in model.parameters()]
+    (f, g, _), theta_1_h = oracle_meta_gradient(theta, tasks, steps, maml, lr=0.1)
+    optimizer, schedule = prime.adamw([model.f.weight, model.g.weight], 1e-2, 10)
+    prime.prime(model, *model.sets(), [tasks], squared_loss, optimizer, schedule,
+                inner_lr=0.1, inner_steps=steps, maml=maml)
+    torch.testing.assert_close(model.f.weight.grad, f, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.g.weight.grad, g, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.h.weight.detach(), theta_1_h, rtol=0, atol=1e-10)
+
+
+def test_five_meta_steps_equal_a_hand_written_adamw():
+    """AdamW with weight decay (Loshchilov and Hutter 2019, Alg. 2) and the linear schedule, on the sum over tasks."""
+    batches = [regression_tasks(3, seed) for seed in range(5)]
+    model, lr, decay, b1, b2, eps = Linear(), 0.05, 0.01, 0.9, 0.999, 1e-8
+    theta = [p.detach().clone() for p in model.parameters()]
+    m, v = [0.0, 0.0], [0.0, 0.0]
+    optimizer, schedule = prime.adamw([model.f.weight, model.g.weight], lr, 5)
+    for t, tasks in enumerate(batches):
+        gradient, theta_1_h = oracle_meta_gradient(theta, tasks, 2, False, 0.1)
+        rate = lr * (1 - t / 5)
+        for k in (0, 1):
+            m[k] = b1 * m[k] + (1 - b1) * gradient[k]
+            v[k] = b2 * v[k] + (1 - b2) * gradient[k] ** 2
+            step = (m[k] / (1 - b1 ** (t + 1))) / ((v[k] / (1 - b2 ** (t + 1))).sqrt() + eps)
+            theta[k] = theta[k] - rate * decay * theta[k] - rate * step
+        theta[2] = theta_1_h
+        prime.prime(model, *model.sets(), [tasks], squared_loss, optimizer, schedule, inner_lr=0.1, inner_steps=2)
+        for p, expected in zip(model.parameters(), theta):
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-10)
+        assert model.f.weight.grad.allclose(gradient[0], rtol=0, atol=1e-10)
+
+
+def finite_differences(model, objective, name, epsilon=1e-6):
+    """Central differences of `objective()` in the parameter `name` of the model."""
+    parameter = dict(model.named_parameters())[name]
+    gradient = torch.zeros_like(parameter)
+    with torch.no_grad():
+        for k in range(parameter.numel()):
+            values = []
+            for sign in (1, -1):
+                parameter.view(-1)[k] += sign * epsilon
+                values.append(objective())
+                parameter.view(-1)[k] -= sign * epsilon
+            gradient.view(-1)[k] = (values[0] - values[1]) / (2 * epsilon)
+    return gradient
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_first_order_is_exact_without_inner_steps_and_is_not_with_them(steps):
+    tasks, model = make_tasks(2), Small()
+
+    def query_loss():  # the whole inner loop, on a copy, with torch.optim.SGD
+        total = 0.0
+        for support, query in tasks:
+            copied = copy.deepcopy(model)
+            optimizer = torch.optim.SGD([*copied.g.parameters(), *copied.h.parameters()], lr=0.5)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    loss(copied, support).backward()
+                optimizer.step()
+            total += loss(copied, query).item()
+        return total
+
+    exact = {name: finite_differences(model, query_loss, name) for name in ("f.weight", "g.weight", "g.bias")}
+    meta_step(model, tasks, inner_steps=steps, inner_lr=0.5)
+    for name, gradient in exact.items():
+        error = (dict(model.named_parameters())[name].grad - gradient).norm() / gradient.norm()
+        assert error < 1e-6 if steps == 0 else error > 1e-2
+
+
+def copying_oracle(model, sets, batches_loss, tasks, steps, lr, maml):
+    """Meta-gradient by name and θ1_h, on a deep copy of the model for each task with torch.optim.SGD."""
+    theta_p, theta_a, theta_h = sets
+    gradient, heads = {name: 0.0 for name in (*theta_p, *theta_a)}, []
+    for support, query in tasks:
+        copied = copy.deepcopy(model)
+        named = dict(copied.named_parameters())
+        moving = [named[name] for name in (*theta_a, *theta_h, *(theta_p if maml else ()))]
+        optimizer = torch.optim.SGD(moving, lr=lr)
+        for _ in range(steps):
+            copied.zero_grad()
+            batches_loss(copied, support).backward()
+            optimizer.step()
+        copied.zero_grad()
+        batches_loss(copied, query).backward()
+        gradient = {name: total + named[name].grad for name, total in gradient.items()}
+        heads.append({name: named[name].detach() for name in theta_h})
+    return gradient, heads[0]
+
+
+def split_by_bias(model):
+    """θa as "a small subset of θp" (§3.1): the encoder's biases."""
+    theta_p, theta_a, theta_h = model.sets()
+    body = {**theta_p, **theta_a}
+    return ({n: p for n, p in body.items() if not n.endswith("bias")},
+            {n: p for n, p in body.items() if n.endswith("bias")}, theta_h)
+
+
+def assert_equals_oracle(model, expected, theta_h, tolerance):
+    gradient, theta_1_h = expected
+    for name, parameter in model.named_parameters():
+        if name in gradient:
+            torch.testing.assert_close(parameter.grad, gradient[name], rtol=0, atol=tolerance)
+        elif name in theta_h:
+            torch.testing.assert_close(parameter.detach(), theta_1_h[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("maml", [False, True])
+def test_theta_a_may_be_a_subset_of_the_pretrained_parameters(maml):
+    tasks, model = make_tasks(3), Small()
+    sets = split_by_bias(model)
+    names = [set(part) for part in sets]
+    assert sum(map(len, names)) == len(set().union(*names))
+    assert set().union(*names) == {name for name, _ in model.named_parameters()} - {"constant"}
+    expected = copying_oracle(model, sets, loss, tasks, 5, 0.1, maml)
+    optimizer, schedule = prime.adamw([*sets[0].values(), *sets[1].values()], 1e-2, 10)
+    prime.prime(model, *sets, [tasks], loss, optimizer, schedule, inner_lr=0.1, maml=maml)
+    assert_equals_oracle(model, expected, sets[2], 1e-10)
+
+
+def test_order_of_tasks_matters_to_theta_h_alone():
+    tasks = make_tasks(4)
+    runs = {}
+    for name, order in {"given": (0, 1, 2, 3), "rest permuted": (0, 3, 1, 2), "another first": (2, 1, 0, 3)}.items():
+        model = Small()
+        meta_step(model, [tasks[i] for i in order])
+        runs[name] = model.state_dict()
+    for name in ("rest permuted", "another first"):
+        for key in runs[name]:
+            if not key.startswith("h."):
+                torch.testing.assert_close(runs[name][key], runs["given"][key], rtol=0, atol=1e-10)
+    assert same(runs["rest permuted"], runs["given"], "h.")
+    assert not same(runs["another first"], runs["given"], "h.")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_meta_step_keeps_flags_mode_buffers_and_random_state(training):
+    model = Small().train(training)
+    model.constant.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.h.weight.grad = torch.ones_like(model.h.weight)
+    chance, buffers = torch.get_rng_state(), copy.deepcopy(dict(model.named_buffers()))
+    meta_step(model, make_tasks(2))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(module.training == training for module in model.modules())
+    assert same(dict(model.named_buffers()), buffers) and torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(model.h.weight.grad, torch.ones_like(model.h.weight)) and model.h.bias.grad is None
+    assert all(p.is_leaf for p in model.parameters())
+
+
+# ---- vendoring ----
+
+
+def test_prime_imports_torch_alone(tmp_path):
+    shutil.copy(HERE / "prime.py", tmp_path)
+    rest = ["adapters", "transformers", "datasets", "seqeval", "tqdm", "safetensors", "numpy"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({rest})); import prime; print(prime.prime.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "prime\n", done.stderr
+
+
+# ---- the tasks and the model ----
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo's encoder in float64, its tokenizer, and Hindi training sentences."""
+    encoder, tokenizer = adapters.load_encoder("demo/encoder")
+    rows, _ = prime.read_split("demo/wikiann", "hi", "train")
+    return encoder.double().eval(), tokenizer, prime.tokenize(rows, tokenizer, 128)
+
+
+def test_support_and_query_are_disjoint():
+    corpora = [[("en", i) for i in range(40)], [("es", i) for i in range(40)]]
+    args = Namespace(seed=0, tasks=3, support=19, query=21, method="meta")
+    for step in range(20):
+        for i, (support, query) in enumerate(prime.sample_tasks(corpora, args, step)):
+            assert (len(support), len(query)) == (19, 21)
+            assert len(set(support + query)) == 40
+            assert {language for language, _ in support + query} == {("en", "es")[(3 * step + i) % 2]}
+
+
+def test_ft_priming_draws_the_sentences_of_the_tasks():
+    corpora = [list(range(100)), list(range(100, 200))]
+    meta = Namespace(seed=3, tasks=2, support=5, query=7, method="meta")
+    ft = Namespace(**{**vars(meta), "method": "ft"})
+    for step in range(5):
+        tasks = [support + query for support, query in prime.sample_tasks(corpora, meta, step)]
+        assert [([], task) for task in tasks] == list(prime.sample_tasks(corpora, ft, step))
+
+
+def test_encoding_equals_one_sentence_at_a_time(demo):
+    encoder, _, sentences = demo
+    model = adapters.Tagger(encoder, 7).double().eval()
+    chosen = sorted(sentences, key=lambda s: hash(tuple(s.ids)))[:80]
+    alone = []
+    for sentence in chosen:
+        hidden = encoder(input_ids=torch.tensor([sentence.ids])).last_hidden_state[0]
+        alone.append(hidden[sentence.first])
+    torch.testing.assert_close(model.encode(chosen), torch.cat(alone), rtol=0, atol=1e-12)
+
+
+def padded_loss(model, sentences):
+    """Cross-entropy as token classification does it: one padded batch, −100 for all but the first pieces."""
+    length = max(len(sentence.ids) for sentence in sentences)
+    ids, labels = torch.zeros(2, len(sentences), length, dtype=torch.int64)
+    labels -= 100
+    mask = torch.zeros(len(sentences), length, dtype=torch.int64)
+    for row, sentence in enumerate(sentences):
+        ids[row, : len(sentence.ids)] = torch.tensor(sentence.ids)
+        mask[row, : len(sentence.ids)] = 1
+        labels[row, sentence.first] = torch.tensor(sentence.tags)[sentence.words]
+    hidden = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return nn.functional.cross_entropy(model.head(model.adapter(hidden)).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("subset", [False, True], ids=["adapter", "biases"])
+@pytest.mark.parametrize("maml", [False, True], ids=["priming", "maml"])
+def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, subset, demo):
+    encoder, _, sentences = demo
+    torch.manual_seed(0)
+    model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
+    sets = split_by_bias(model) if subset else model.sets()
+    args = Namespace(seed=0, tasks=2, support=5, query=6, method="meta")
+    tasks = list(prime.sample_tasks([sentences], args, 0))
+    expected = copying_oracle(model, sets, padded_loss, tasks, 5, 0.03, maml)
+    batches = [[[prime.as_batch(part, "cpu") for part in task] for task in tasks]]
+    optimizer, schedule = prime.adamw([*sets[0].values(), *sets[1].values()], 1e-4, 10)
+    hoist = None if subset else lambda batch: (model.encode(batch[0]), batch[1])
+    prime.prime(model, *sets, batches, prime.tag_loss, optimizer, schedule, maml=maml, hoist=hoist)
+    assert_equals_oracle(model, expected, sets[2], 1e-9)
+
+
+def test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning(demo, monkeypatch, tmp_path):
+    modes = {}
+
+    def spy(model, *arguments, **settings):
+        modes["prime"] = {module.training for module in model.modules()}
+
+    def spy_loss(model, batch):
+        modes["tune"] = {module.training for module in model.modules()}
+        return prime.tag_loss(model, batch)
+
+    monkeypatch.setattr(prime, "prime", spy)
+    for method in ("meta", "maml", "ft"):
+        flags = ["--method", method, "--steps", "1", "--output", str(tmp_path / method)]
+        monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, *flags])
+        with pytest.raises(IndexError):  # the spy reports no loss
+            prime.main()
+        assert modes["prime"] == {method == "ft"}
+    monkeypatch.setattr(finetune, "tag_loss", spy_loss)
+    for tune in ("adapter", "head", "full"):
+        args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=1, batch_size=8, lr=1e-2)
+        model, tuned = finetune.start(args, demo[0].train(), 7, seed=0)
+        model.double()
+        features = None if tune == "full" else finetune.encode(model, demo[2][:8])
+        finetune.tune(args, model, tuned, demo[2][:8], features, seed=0)
+        assert modes["tune"] == {tune == "full"} and not any(module.training for module in model.modules())
+
+
+def test_sets_are_disjoint_and_cover_the_model(demo):
+    model = adapters.Tagger(demo[0], 7)
+    sets = [set(part) for part in model.sets()]
+    pooler = {name for name, _ in model.named_parameters() if ".pooler." in name}
+    assert sum(map(len, sets)) == len(set().union(*sets))
+    assert set().union(*sets) | pooler == {name for name, _ in model.named_parameters()}
+    assert pooler and not pooler & set().union(*sets)
+
+
+def test_adapter_and_head_start_as_the_papers_do(demo):
+    torch.manual_seed(0)
+    model = adapters.Tagger(demo[0], 7)
+    hidden = demo[0].config.hidden_size
+    x = torch.randn(1000, hidden)
+    assert sum(p.numel() for p in model.adapter.parameters()) == 2 * 64 * hidden + 64 + hidden
+    assert (model.adapter(x) - x).norm() / x.norm() < 0.01  # near the identity
+    for layer in (model.adapter.down, model.adapter.up):
+        assert 0.5e-2 < layer.weight.std() < 1e-2 and layer.weight.abs().max() <= 2e-2
+        assert not layer.bias.any()
+    assert abs(model.head.weight.std() - 0.02) < 0.005 and not model.head.bias.any()
+
+
+# ---- data and scoring ----
+
+
+def test_data_layouts_load_the_same_sentences(tmp_path):
+    import datasets
+
+    expected = {}
+    for split, archive in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        text = (HERE / "demo/wikiann/hi" / f"{split}.txt").read_text(encoding="utf-8")
+        sentences = [[line.split("\t") for line in block.split("\n")] for block in text.strip("\n").split("\n\n")]
+        words, tags = ([[pair[k] for pair in sentence] for sentence in sentences] for k in (0, 1))
+        numbers = [[prime.TAGS.index(tag) for tag in row] for row in tags]
+        expected[split] = list(zip(words, numbers))
+        (tmp_path / "rahimi/hi").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hub/hi").mkdir(parents=True, exist_ok=True)
+        prefixed = "\n\n".join("\n".join(f"hi:{word}\t{tag}" for word, tag in sentence) for sentence in sentences)
+        (tmp_path / "rahimi/hi" / archive).write_text(prefixed + "\n", encoding="utf-8")
+        names = datasets.List(datasets.ClassLabel(names=prime.TAGS))
+        features = datasets.Features(tokens=datasets.List(datasets.Value("string")), ner_tags=names)
+        table = datasets.Dataset.from_dict({"tokens": words, "ner_tags": numbers}, features=features)
+        table.to_parquet(str(tmp_path / "hub/hi" / f"{split}-00000-of-00001.parquet"))
+    for data in ("demo/wikiann", tmp_path / "rahimi", tmp_path / "hub"):
+        for split in expected:
+            rows, names = prime.read_split(str(data), "hi", split)
+            assert rows == expected[split] and names == prime.TAGS
+            assert prime.read_split(str(data), "hi", split, limit=7)[0] == expected[split][:7]
+
+
+def test_the_first_piece_of_a_word_carries_its_tag(demo):
+    _, tokenizer, _ = demo
+    words = ["Zxqyvw", "in", "Qwxz"]
+    (sentence,) = prime.tokenize([(words, [1, 0, 5])], tokenizer, 128)
+    pieces = tokenizer.convert_ids_to_tokens(sentence.ids)
+    assert len(pieces) > len(words) + 2 and sentence.words == [0, 1, 2]
+    spelled = [[tokenizer.tokenize(word)[0], ids] for word, ids in zip(words, sentence.first)]
+    assert all(pieces[position] == piece for piece, position in spelled)
+    assert prime.as_batch([sentence], "cpu")[1].tolist() == [1, 0, 5]
+
+
+class Oracle(nn.Module):
+    """Tags every word that has a piece as it is tagged in truth."""
+
+    def __init__(self, sentences):
+        super().__init__()
+        self.tags = [sentence.tags[word] for sentence in sentences for word in sentence.words]
+
+    def forward(self, features):
+        return nn.functional.one_hot(torch.tensor(self.tags), 7).float()
+
+
+def test_words_cut_off_count_as_o(demo):
+    """By hand: five true entities, of which one loses its end and one is lost; four are predicted, three rightly."""
+    _, tokenizer, _ = demo
+    rows = [(list("abcdef"), [1, 2, 0, 3, 5, 6]), (list("ab"), [5, 0])]  # PER(ab) ORG(d) LOC(ef); LOC(a)
+    assert [len(s.words) for s in prime.tokenize(rows, tokenizer, 128)] == [6, 2]
+    sentences = prime.tokenize(rows, tokenizer, 7)  # with [CLS] and [SEP], five words are left: LOC(ef) loses f
+    rows.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
+    sentences += prime.tokenize(rows[2:], tokenizer, 7)  # PER(b) is lost
+    predicted = finetune.predict(Oracle(sentences), sentences, [torch.zeros(1)], prime.TAGS)
+    assert [len(tags) for tags in predicted] == [6, 2, 6]
+    result = finetune.score([[prime.TAGS[t] for t in tags] for _, tags in rows], predicted)
+    # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC
+    assert result["precision"] == pytest.approx(100 * 3 / 4) and result["recall"] == pytest.approx(100 * 3 / 5)
+    assert result["f1"] == pytest.approx(100 * 2 * 3 / (4 + 5))
+    assert result["types"] == pytest.approx({"LOC": 50, "ORG": 100, "PER": 100 * 2 / 3})
+
+
+def test_score_equals_a_hand_count():
+    gold = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "O"]]
+    predicted = [["B-PER", "I-PER", "O", "I-LOC"], ["B-ORG", "I-ORG"]]  # I- alone is no entity; ORG is too long
+    result = finetune.score(gold, predicted)
+    assert (result["precision"], result["recall"]) == (pytest.approx(50), pytest.approx(100 / 3))
+    assert result["f1"] == pytest.approx(40)
+    nothing = finetune.score([["O", "O"]], [["O", "O"]])
+    assert (nothing["f1"], nothing["precision"], nothing["recall"]) == (0, 0, 0)
+
+
+# ---- the commands, on the demo: each row of Table 1 ----
+
+PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", 1]}
+TUNING = {1: ["--init", "none", "--tune", "full"], 2: ["--init", "none", "--tune", "head"], 3: ["--init", "none"]}
+SMALL_PRIMING = ["--steps", 2, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8]
+SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
+
+
+def command(script, *flags, status=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, HERE / script, *map(str, flags)]
+    done = subprocess.run(words, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def tensors(folder, name="model.safetensors"):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / name)
+
+
+def moved(after, before):
+    return {name for name in after if not torch.equal(after[name], before[name])}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """What the commands of the seven rows of Table 1 leave, a folder a row."""
+    root = tmp_path_factory.mktemp("table")
+
+    def make_row(row):
+        folder = root / str(row)
+        if row in PRIMING:
+            flags = [*SMALL_PRIMING, *PRIMING[row], "--output", folder / "primed"]
+            command("prime.py", "--src", "en", "es", *DEMO, *flags)
+        start = TUNING.get(row, ["--init", folder / "primed"])
+        folder.mkdir(exist_ok=True)
+        outputs = ["--results", folder / "results.jsonl", "--save", folder / "tuned", "--seeds", 0, 1]
+        done = command("finetune.py", "--tgt", "hi", *DEMO, *SMALL_TUNING, "--bottleneck", 8, *start, *outputs)
+        return folder, done.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(range(1, 8), pool.map(make_row, range(1, 8))))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def theta():
+    """θp of the demo's encoder, and the shapes of θa and θh, under the names that they have in the model."""
+    theta_p = {f"encoder.{n}": p for n, p in tensors("demo/encoder").items() if not n.startswith("pooler.")}
+    hidden = json.loads((HERE / "demo/encoder/config.json").read_text())["hidden_size"]
+    theta_a = {"adapter.down.weight": (8, hidden), "adapter.down.bias": (8,),
+               "adapter.up.weight": (hidden, 8), "adapter.up.bias": (hidden,)}
+    return theta_p, theta_a, {"head.weight": (7, hidden), "head.bias": (7,)}
+
+
+@pytest.mark.parametrize("row", PRIMING)
+def test_priming_moves_exactly_theta_p_and_theta_a(row, table, theta):
+    primed = table[row][0] / "primed"
+    before, after = tensors("demo/encoder"), tensors(primed)
+    assert after.keys() == before.keys()
+    assert {f"encoder.{name}" for name in moved(after, before)} == theta[0].keys()
+    theta_a = tensors(primed, "adapter.safetensors")
+    assert {name: tuple(p.shape) for name, p in theta_a.items()} == theta[1]
+    assert all(p.any() for p in theta_a.values())  # biases start at zero
+
+
+@pytest.mark.parametrize("row", range(1, 8))
+def test_row_updates_exactly_its_parameters(row, table, theta):
+    folder, _ = table[row]
+    theta_p, theta_a, theta_h = theta
+    shapes = {**theta_h, **(theta_a if row > 2 else {}), **({n: p.shape for n, p in theta_p.items()} if row == 1 else {})}
+    tuned = tensors(folder / "tuned/hi-0", "tuned.safetensors")
+    assert {name: tuple(p.shape) for name, p in tuned.items()} == {n: tuple(shape) for n, shape in shapes.items()}
+    updated = sum(math.prod(shape) for shape in shapes.values())
+    frozen = 0 if row == 1 else sum(p.numel() for p in theta_p.values())
+    line = read_lines(folder / "results.jsonl")[0]
+    assert (line["updated"], line["parameters"]) == (updated, updated + frozen)
+    assert line["share"] == updated / (updated + frozen)
+    if row == 1:
+        assert moved({n: tuned[n] for n in theta_p}, theta_p) == theta_p.keys()
+    if row in PRIMING:
+        theta_a_star = tensors(folder / "primed", "adapter.safetensors")
+        assert moved(theta_a_star, tuned) == theta_a_star.keys()
+
+
+@pytest.mark.parametrize("tune", ["full", "head", "adapter"])
+def test_fine_tuning_leaves_the_rest_bit_identical(tune, demo):
+    encoder, _, sentences = demo
+    args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=2, batch_size=8, lr=1e-2)
+    model, tuned = finetune.start(args, encoder, 7, seed=0)
+    model.double()
+    before = copy.deepcopy(model.state_dict())
+    features = None if tune == "full" else finetune.encode(model, sentences[:40])
+    finetune.tune(args, model, tuned, sentences[:40], features, seed=0)
+    assert moved(model.state_dict(), before) == tuned.keys()
+
+
+def test_results_have_every_setting_and_the_table_its_means(table):
+    folder, stdout = table[4]
+    lines = read_lines(folder / "results.jsonl")
+    assert [(line["target"], line["seed"], line["tune"]) for line in lines] == [("hi", 0, "adapter"), ("hi", 1, "adapter")]
+    assert all(line["init"] == str(folder / "primed") and line["model"] == "demo/encoder" for line in lines)
+    assert {"precision", "recall", "types", "epochs", "lr", "batch_size", "max_length", "data", "seconds"} <= lines[0].keys()
+    scores = [line["f1"] for line in lines]
+    row = stdout.splitlines()[-1].split()
+    assert row[:3] == ["hi", f"{statistics.mean(scores):.2f}", f"{statistics.stdev(scores):.2f}"]
+
+
+def test_primed_loads_elsewhere(table):
+    from transformers import AutoModel, AutoTokenizer
+
+    primed = table[4][0] / "primed"
+    model = AutoModel.from_pretrained(primed)
+    assert not moved(tensors(primed), model.state_dict())
+    text = "Delhi is a city ."
+    assert AutoTokenizer.from_pretrained(primed)(text) == AutoTokenizer.from_pretrained(HERE / "demo/encoder")(text)
+    record = json.loads((primed / "priming.json").read_text())
+    assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2 and record["versions"]["torch"]
+    assert record["arguments"]["src"] == ["en", "es"]
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_saved_pair_scores_the_same(row, table, tmp_path):
+    folder, _ = table[row]
+    flags = ["--limit-test", 30, "--score", folder / "tuned/hi-0", "--results", tmp_path / "again.jsonl"]
+    command("finetune.py", "--tgt", "hi", *DEMO, *flags)
+    (again,), (line, _) = read_lines(tmp_path / "again.jsonl"), read_lines(folder / "results.jsonl")
+    for key in ("f1", "precision", "recall", "types", "tune", "init", "updated", "parameters"):
+        assert again[key] == line[key]
+
+
+def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
+    def outputs(seed):
+        command("prime.py", "--src", "en", "es", *DEMO, *SMALL_PRIMING, "--seed", seed, "--output", tmp_path / seed)
+        return tensor_bytes(tmp_path / seed)
+
+    def tensor_bytes(folder):
+        return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
+
+    first = tensor_bytes(table[4][0] / "primed")
+    assert outputs("0") == first
+    assert all(a != b for a, b in zip(outputs("1"), first))
+
+
+@pytest.mark.parametrize(
+    "script, flags, told",
+    [
+        ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split there; the languages of demo/wikiann are: af az"),
+        ("prime.py", [*DEMO, "--support", 10_000], "en: 700 training sentences"),
+        ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
+        ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
+        ("prime.py", [*DEMO, "--output", "demo"], "demo exists and was not written by us (no priming.json)"),
+        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where: "),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, which is no local folder: "),
+        ("finetune.py", ["--tgt", "hi", "--init", "no/where", *DEMO], "--init no/where, which prime.py writes: "),
+        ("finetune.py", DEMO, "the following arguments are required: --tgt"),
+    ],
+)
+def test_bad_input_is_one_line(script, flags, told, tmp_path):
+    outputs = ["--output", tmp_path / "out"] if script == "prime.py" else ["--results", tmp_path / "out"]
+    done = command(script, *outputs, *flags, status=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: ") and told in line and done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("a\tO\nb\n", "train.txt:2: not a token, a tab and a tag: 'b'"),
+        ("a\tO\nb\tO\tO\n", "train.txt:2: not a token, a tab and a tag"),
+        ("a\tO\n\nb\tB-DOG\n", "train.txt:3: tag 'B-DOG' is none of O B-PER"),
+    ],
+)
+def test_bad_lines_are_told_with_file_line_and_tag(text, told, tmp_path):
+    (tmp_path / "hi").mkdir()
+    (tmp_path / "hi/train.txt").write_text(text)
+    with pytest.raises(prime.BadInput, match=re.escape(told)):
+        prime.read_split(str(tmp_path), "hi", "train")
+
+
