@@ -64,12 +64,11 @@ class Tagger(nn.Module):
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
-        named = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
-        theta_p, theta_a, theta_h = (
-            {name: p for name, p in named.items() if name.startswith(part)}
-            for part in ("encoder.", "adapter.", "head.")
-        )
-        return theta_p, theta_a, theta_h
+        def named(prefix: str) -> Parameters:
+            own = ((n, p) for n, p in self.named_parameters() if not n.startswith("encoder.pooler."))
+            return {n: p for n, p in own if n.startswith(prefix)}
+
+        return named("encoder."), named("adapter."), named("head.")
 
     def encode(self, sentences: Sequence[Sentence]) -> Tensor:
         """f(x; θp) at the first piece of every word that has one: [words, hidden], in the sentences' order.

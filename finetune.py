@@ -62,9 +62,13 @@ def main() -> None:
         encoder, tokenizer = load_encoder(source)
     lines = []
     for language in args.tgt:
-        train_rows, tag_names = read_split(args.data, language, "train", args.limit_train)
-        test_rows, _ = read_split(args.data, language, "test", args.limit_test)
-        train, test = (tokenize(rows, tokenizer, args.max_length) for rows in (train_rows, test_rows))
+        rows, tag_names = read_split(args.data, language, "test", args.limit_test)
+        test = tokenize(rows, tokenizer, args.max_length)
+        gold = [[tag_names[tag] for tag in tags] for _, tags in rows]
+        train: list[Sentence] = []
+        if not args.score:
+            rows, _ = read_split(args.data, language, "train", args.limit_train)
+            train = tokenize(rows, tokenizer, args.max_length)
         features: dict[str, Sequence[Tensor]] = {}
         for seed in args.seeds:
             began = time.perf_counter()
@@ -77,7 +81,6 @@ def main() -> None:
             else:
                 tune(args, model, tuned, train, features.get("train"), seed)
             predicted = predict(model, test, features.get("test") or encode(model, test), tag_names)
-            gold = [[tag_names[tag] for tag in sentence.tags] for sentence in test]
             updated = sum(parameter.numel() for parameter in tuned.values())
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
             line = {"target": language, "seed": seed, **vars(args), **score(gold, predicted),
@@ -86,6 +89,7 @@ def main() -> None:
                     "seconds": time.perf_counter() - began, "versions": versions()}
             lines.append(line)
             report(line)
+            args.results.parent.mkdir(parents=True, exist_ok=True)
             with open(args.results, "ab", buffering=0) as file:  # one write: processes may share the file
                 file.write(json.dumps(line, default=str).encode() + b"\n")
             if args.save:
@@ -137,7 +141,8 @@ def tune(
 @torch.no_grad()
 def encode(model: Tagger, sentences: list[Sentence]) -> Sequence[Tensor]:
     """f(x; θp) of each sentence: [words, hidden]."""
-    return model.encode(sentences).split([len(sentence.words) for sentence in sentences])
+    words = [len(sentence.words) for sentence in sentences]
+    return model.encode(sentences).split(words) if sentences else []
 
 
 @torch.no_grad()
