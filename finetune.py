@@ -64,7 +64,6 @@ def main() -> None:
     for language in args.tgt:
         rows, tag_names = read_split(args.data, language, "test", args.limit_test)
         test = tokenize(rows, tokenizer, args.max_length)
-        gold = [[tag_names[tag] for tag in tags] for _, tags in rows]
         train: list[Sentence] = []
         if not args.score:
             rows, _ = read_split(args.data, language, "train", args.limit_train)
@@ -80,10 +79,10 @@ def main() -> None:
                     load_parameters(tuned, args.score / "tuned.safetensors")
             else:
                 tune(args, model, tuned, train, features.get("train"), seed)
-            predicted = predict(model, test, features.get("test") or encode(model, test), tag_names)
+            scores = evaluate(model, test, features.get("test") or encode(model, test), tag_names)
             updated = sum(parameter.numel() for parameter in tuned.values())
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
-            line = {"target": language, "seed": seed, **vars(args), **score(gold, predicted),
+            line = {"target": language, "seed": seed, **vars(args), **scores,
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test),
                     "seconds": time.perf_counter() - began, "versions": versions()}
@@ -146,16 +145,17 @@ def encode(model: Tagger, sentences: list[Sentence]) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def predict(
+def evaluate(
     model: Tagger, sentences: list[Sentence], features: Sequence[Tensor], tag_names: list[str]
-) -> list[list[str]]:
-    """The tag of every word; O for one that has no piece."""
+) -> dict[str, Any]:
+    """The `score` of the model's tags for all words of the sentences; a word that has no piece is O."""
     best = iter(model(torch.cat(features)).argmax(dim=-1).tolist())
+    gold = [[tag_names[tag] for tag in sentence.tags] for sentence in sentences]
     predicted = [["O"] * len(sentence.tags) for sentence in sentences]
     for sentence, tags in zip(sentences, predicted):
         for word in sentence.words:
             tags[word] = tag_names[next(best)]
-    return predicted
+    return score(gold, predicted)
 
 
 def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:

@@ -2,22 +2,25 @@
 
 | claim | test |
 |---|---|
-| Alg. 1, line 6: the inner loop leaves θp alone | test_inner_loop_leaves_theta_p_bit_identical |
-| red line: MAML moves the task's copy of θp, and only the copy | test_maml_moves_only_the_copy_of_theta_p |
+| §3.1: θa may be a small subset of θp; the sets are disjoint and cover the model | test_theta_a_may_be_a_subset_of_the_pretrained_parameters, test_sets_are_disjoint_and_cover_the_model |
+| line 2: support and query sets are disjoint, languages in turn | test_support_and_query_are_disjoint |
 | line 4: θi = θ for every task | test_every_task_starts_from_theta |
-| line 9: θh = θ1_h, whatever the other tasks do | test_theta_h_becomes_the_first_tasks_head |
-| line 9: θp and θa move, and nothing else | test_meta_step_moves_theta_p_and_theta_a_and_nothing_else |
+| line 6: the inner loop leaves θp alone, to the bit | test_inner_loop_leaves_theta_p_bit_identical |
+| line 6: all gradients at the same θi; line 9: their sum over tasks | test_first_order_meta_gradient_equals_the_closed_form |
+| red line: MAML moves the task's copy of θp and only the copy | test_maml_moves_only_the_copy_of_theta_p |
+| line 9: θp and θa move and nothing else | test_meta_step_moves_theta_p_and_theta_a_and_nothing_else, test_meta_step_keeps_flags_mode_buffers_and_random_state |
+| line 9: θh = θ1_h, whatever the other tasks do | test_theta_h_becomes_the_first_tasks_head, test_order_of_tasks_matters_to_theta_h_alone |
+| line 9: "− β ∇" is AdamW with a linear schedule | test_five_meta_steps_equal_a_hand_written_adamw |
+| §4.2: first order is an approximation | test_first_order_is_exact_without_inner_steps_and_is_not_with_them |
+| §4: a real transformer, θa on top or inside | test_meta_gradient_of_a_transformer_equals_copies_with_sgd |
+| §4: adapter and head start as Houlsby et al. and BERT have them | test_adapter_and_head_start_as_the_papers_do |
+| §4.3, Table 1: each setting updates its parameters and no other | test_priming_moves_exactly_theta_p_and_theta_a, test_row_updates_exactly_its_parameters, test_fine_tuning_leaves_the_rest_bit_identical |
+| §4.3: FT priming sees the data of the tasks | test_ft_priming_draws_the_sentences_of_the_tasks |
 | §5.2: without inner steps, plain fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
-| f(x; θp) is a loop invariant | test_hoisting_changes_no_gradient |
-| a task's support and query sets are disjoint | test_support_and_query_are_disjoint |
-| prime.py is vendored with torch alone | test_prime_imports_torch_alone |
-| f at the first piece of a word, without padding's influence | test_encoding_equals_one_sentence_at_a_time |
-| Table 1: each setting updates its parameters and no other | test_setting_updates_exactly_its_parameters, ... |
-| what is saved loads elsewhere and scores the same | test_primed_loads_elsewhere, test_saved_pair_scores_the_same |
-| the three data layouts hold the same sentences | test_data_layouts_load_the_same_sentences |
-| words cut off count as O; strict IOB2 | test_score_equals_a_hand_count, test_words_cut_off_count_as_o |
-| bad input is one line, exit status 2 | test_bad_input_is_one_line |
-| priming helps, on the demo | test_priming_gains_ten_points_on_hindi |
+| f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning |
+| README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_same_seed_same_bytes_another_seed_others |
+| README: data, scores and bad input | test_data_layouts_load_the_same_sentences, test_words_cut_off_count_as_o, test_score_equals_a_hand_count, test_bad_input_is_one_line |
+| README: prime.py needs torch alone | test_prime_imports_torch_alone |
 """
 
 import copy
@@ -495,7 +498,7 @@ def test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning(demo, 
     for tune in ("adapter", "head", "full"):
         args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=1, batch_size=8, lr=1e-2)
         model, tuned = finetune.start(args, demo[0].train(), 7, seed=0)
-        model.double()
+        assert not any(module.training for module in model.double().modules())  # sentences are encoded now
         features = None if tune == "full" else finetune.encode(model, demo[2][:8])
         finetune.tune(args, model, tuned, demo[2][:8], features, seed=0)
         assert modes["tune"] == {tune == "full"} and not any(module.training for module in model.modules())
@@ -581,9 +584,7 @@ def test_words_cut_off_count_as_o(demo):
     sentences = prime.tokenize(rows, tokenizer, 7)  # with [CLS] and [SEP], five words are left: LOC(ef) loses f
     rows.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences += prime.tokenize(rows[2:], tokenizer, 7)  # PER(b) is lost
-    predicted = finetune.predict(Oracle(sentences), sentences, [torch.zeros(1)], prime.TAGS)
-    assert [len(tags) for tags in predicted] == [6, 2, 6]
-    result = finetune.score([[prime.TAGS[t] for t in tags] for _, tags in rows], predicted)
+    result = finetune.evaluate(Oracle(sentences), sentences, [torch.zeros(1)], prime.TAGS)
     # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC
     assert result["precision"] == pytest.approx(100 * 3 / 4) and result["recall"] == pytest.approx(100 * 3 / 5)
     assert result["f1"] == pytest.approx(100 * 2 * 3 / (4 + 5))
