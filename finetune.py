@@ -17,10 +17,11 @@ from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
 from prime import (
-    adamw, as_batch, common_parser, positive, progress, read_split, reading, run,
+    adamw, as_batch, common_parser, positive, read_split, reading, run,
     tag_loss, tokenize, versions, whole_folder,
 )
 
@@ -121,7 +122,7 @@ def tune(
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
     optimizer, schedule = adamw(tuned.values(), args.lr, steps)
     model.train(args.tune == "full")  # dropout is for what fine-tuning moves
-    with progress(f"seed {seed}", steps, []) as step_done:
+    with tqdm(total=steps, desc=f"fine-tuning, seed {seed}", unit="step", disable=None) as bar:
         for epoch in range(args.epochs):
             order = random.Random(f"{seed} {epoch}").sample(range(len(sentences)), len(sentences))
             for begin in range(0, len(order), args.batch_size):
@@ -133,7 +134,8 @@ def tune(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                step_done(loss.item())
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
     model.eval()
 
 

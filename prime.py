@@ -136,13 +136,10 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
     import datasets
 
     folder = Path(data) / language
-    text, archive = folder / f"{split}.txt", folder / ARCHIVE_NAMES[split]
-    parquet = sorted(folder.glob(f"{split}-*.parquet"))
-    if text.is_file():
-        return read_lines(text, "", limit), TAGS
-    if archive.is_file():
-        return read_lines(archive, f"{language}:", limit), TAGS
-    if parquet:
+    for path, prefix in (folder / f"{split}.txt", ""), (folder / ARCHIVE_NAMES[split], f"{language}:"):
+        if path.is_file():
+            return read_lines(path, prefix, limit), TAGS
+    if parquet := sorted(folder.glob(f"{split}-*.parquet")):
         table = datasets.Dataset.from_parquet([str(path) for path in parquet])
     elif Path(data).is_dir():
         found = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
@@ -248,8 +245,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     from adapters import Tagger, load_encoder, save_parameters
+    from tqdm import tqdm
 
-    refuse_other(args.output, "priming.json")
     with reading(f"--model {args.model}"):
         encoder, tokenizer = load_encoder(args.model)
     corpora, tag_names = [], TAGS
@@ -271,15 +268,19 @@ def main() -> None:
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
     optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
     losses: list[float] = []
-    with progress(f"priming ({args.method})", args.steps, losses) as report:
-        prime(model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
+    bar = tqdm(batches, f"priming ({args.method})", args.steps, unit="step", disable=None)
+
+    def report(loss: float) -> None:
+        losses.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    with whole_folder(args.output, "priming.json") as folder:
+        prime(model, theta_p, theta_a, theta_h, bar, tag_loss, optimizer, schedule,
               inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
               hoist=None if args.method == "ft" else lambda batch: (model.encode(batch[0]), batch[1]),
               report=report)
-
-    record = {"bottleneck": args.bottleneck, "tags": tag_names, "arguments": vars(args),
-              "versions": versions(), "last_losses": losses[-10:]}
-    with whole_folder(args.output, "priming.json") as folder:
+        record = {"bottleneck": args.bottleneck, "tags": tag_names, "arguments": vars(args),
+                  "versions": versions(), "last_losses": losses[-10:]}
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_parameters(theta_a, folder / "adapter.safetensors")
@@ -317,29 +318,13 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
 
 
 @contextmanager
-def progress(label: str, steps: int, losses: list[float]) -> Iterator[Callable[[float], None]]:
-    """What to call with the loss of each step: it keeps the loss and moves a bar, if stderr is a terminal."""
-    from tqdm import tqdm
+def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
+    """A folder that takes its name, and the place of an earlier one, only when everything is written.
 
-    with tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
-        def report(loss: float) -> None:
-            losses.append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-
-        yield report
-
-
-def refuse_other(folder: Path, mark: str) -> None:
-    """Raises BadInput if something is there that does not hold the file `mark`: it is not ours to replace."""
+    Raises BadInput if something is there that does not hold the file `mark`: it is not ours to replace.
+    """
     if folder.exists() and not (folder / mark).exists():
         raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
-
-
-@contextmanager
-def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
-    """A folder that takes its name, and the place of an earlier one, only when everything is written."""
-    refuse_other(folder, mark)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
