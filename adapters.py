@@ -7,13 +7,10 @@ Nothing here knows of data or of training.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Parameters = dict[str, nn.Parameter]  # a named part of `model.named_parameters()`
 
@@ -70,8 +67,8 @@ class Tagger(nn.Module):
 
         return named("encoder."), named("adapter."), named("head.")
 
-    def encode(self, sentences: Sequence[Sentence]) -> Tensor:
-        """f(x; θp) at the first piece of every word that has one: [words, hidden], in the sentences' order.
+    def encode(self, sentences: Sequence[Sentence]) -> list[Tensor]:
+        """f(x; θp) of each sentence at the first piece of every word that has one, [words, hidden].
 
         Sentences of like length go through the encoder together, so that little of its work is padding; they
         share one look-up in the word embeddings, whose dense gradient is then made only once.
@@ -92,21 +89,29 @@ class Tagger(nn.Module):
             columns = [column for i in chunk for column in sentences[i].first]
             features.append(hidden[rows, columns])  # of [chunk, length, hidden], the [words, hidden] wanted
             done += len(chunk)
-        by_sentence = torch.cat(features).split([len(sentences[i].first) for i in order])
-        return torch.cat([part for _, part in sorted(zip(order, by_sentence), key=lambda pair: pair[0])])
+        parts = torch.cat(features).split([len(sentences[i].first) for i in order])
+        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]
 
-    def forward(self, x: Sequence[Sentence] | Tensor) -> Tensor:
+    def forward(self, x: Sequence[Sentence] | Sequence[Tensor]) -> Tensor:
         """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""
-        return self.head(self.adapter(x if isinstance(x, Tensor) else self.encode(x)))
+        features = self.encode(x) if isinstance(x[0], Sentence) else x
+        return self.head(self.adapter(torch.cat(list(features))))
 
 
-def load_encoder(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    """f and its tokenizer from a folder or from the hub, in float32."""
+def load_encoder(name: str, max_length: int, device: str) -> tuple[nn.Module, Any]:
+    """f, in float32, and its fast tokenizer. Raises ValueError if they do not take `max_length` pieces."""
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModel.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    encoder = AutoModel.from_pretrained(name, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for words without one
+    longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", max_length))
+    if not tokenizer.num_special_tokens_to_add() < max_length <= longest:
+        raise ValueError(f"a sentence takes up to {longest} pieces, special tokens among them")
+    if not tokenizer.is_fast:
+        raise ValueError("only a fast tokenizer tells which word a piece is of")
+    return encoder, tokenizer
 
 
 def save_parameters(parameters: Parameters, path: Path) -> None:

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
 from prime import (
-    adamw, as_batch, common_parser, positive, read_split, reading, run,
-    tag_loss, tokenize, versions, whole_folder,
+    BadInput, adamw, as_batch, common_parser, load, positive, reading, run, tag_loss, whole_folder,
 )
 
 
@@ -31,65 +30,58 @@ def parse_arguments() -> argparse.Namespace:
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets (paper: hi af az lt et nl)")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter",
-         help="adapter: θa and θh (rows 3 to 7 of Table 1); head: θh, no adapter (row 2); full: θp and "
-         "θh, no adapter (row 1)")
+         help="adapter: θa and θh (rows 3 to 7 of Table 1, the default); head: θh, without an adapter "
+         "(row 2); full: θp and θh, without an adapter (row 1)")
     flag("--init", default="primed",
-         help="where θp and θa come from: a folder that prime.py wrote (rows 4 to 7; --model then has no "
-         "say), or none: θp from --model and a random θa (rows 1 to 3)")
-    flag("--bottleneck", type=positive(int), default=64, help="of the adapter with --init none (paper: 64)")
-    flag("--epochs", type=positive(int), default=10, help="passes over the training split (paper: not said)")
-    flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling linearly to 0 (paper: not said)")
-    flag("--batch-size", type=positive(int), default=16, help="sentences a step (paper: not said)")
-    flag("--seeds", type=int, nargs="+", default=[0], help="of the head, a random θa, the order; a run each")
-    flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split only")
-    flag("--results", type=Path, default=Path("results.jsonl"), help="file to which each run adds its line")
+         help="where θp and θa come from: a folder that prime.py wrote (%(default)s; rows 4 to 7; --model "
+         "then has no say), or none: θp from --model and a random θa (rows 1 to 3)")
+    flag("--bottleneck", type=positive(int), default=64, help="of a random θa (%(default)s, the paper's)")
+    flag("--epochs", type=positive(int), default=10, help="(%(default)s; paper: not said)")
+    flag("--lr", type=positive(float), default=1e-3,
+         help="of AdamW, falling linearly to 0 (%(default)s; paper: not said)")
+    flag("--batch-size", type=positive(int), default=16, help="sentences (%(default)s; paper: not said)")
+    flag("--seeds", type=int, nargs="+", default=[0], help="of head, random θa and order; a run each (0)")
+    flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
+    flag("--results", type=Path, default=Path("results.jsonl"), help="file of a line a run (%(default)s)")
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
-    flag("--score", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept, without training")
+    flag("--score", type=Path, metavar="DIR/LANG-SEED",
+         help="score what --save kept, without training, with the settings that it was tuned with")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.score:
-        with reading(f"--score {args.score}"):
-            kept = json.loads((args.score / "tuned.json").read_text())
-            vars(args).update({name: kept[name] for name in ("model", "init", "tune", "bottleneck")})
-    elif args.init != "none":
-        with reading(f"--init {args.init}, which prime.py writes"):
-            record = json.loads((Path(args.init) / "priming.json").read_text())
-            vars(args).update(model=record["arguments"]["model"], bottleneck=record["bottleneck"])
+    resolve(args)
     source = args.model if args.init == "none" else args.init
-    with reading(source):
-        encoder, tokenizer = load_encoder(source)
-    lines = []
+    with reading(f"{source}, --max-length {args.max_length}, --device {args.device}"):
+        encoder, tokenizer = load_encoder(source, args.max_length, args.device)
+    data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
-        rows, tag_names = read_split(args.data, language, "test", args.limit_test)
-        test = tokenize(rows, tokenizer, args.max_length)
-        train: list[Sentence] = []
-        if not args.score:
-            rows, _ = read_split(args.data, language, "train", args.limit_train)
-            train = tokenize(rows, tokenizer, args.max_length)
-        features: dict[str, Sequence[Tensor]] = {}
+        data[language] = load(args, tokenizer, language, "train")[0], *load(args, tokenizer, language, "test")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for language, (train, test, tag_names) in data.items():
+        x_train, x_test = train, test
         for seed in args.seeds:
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(tag_names), seed)
-            if args.tune != "full" and not features:  # θp stays: each sentence is encoded once for all runs
-                features = {"train": encode(model, train), "test": encode(model, test)}
+            if args.tune != "full" and x_test is test:  # θp stays: encode once, for all epochs and seeds
+                with torch.no_grad():
+                    x_train, x_test = [] if args.score else model.encode(train), model.encode(test)
             if args.score:
                 with reading(f"--score {args.score}"):
                     load_parameters(tuned, args.score / "tuned.safetensors")
             else:
-                tune(args, model, tuned, train, features.get("train"), seed)
-            scores = evaluate(model, test, features.get("test") or encode(model, test), tag_names)
+                tune(args, model, tuned, train, x_train, seed)
+            scores = evaluate(model, test, x_test, tag_names)
             updated = sum(parameter.numel() for parameter in tuned.values())
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
             line = {"target": language, "seed": seed, **vars(args), **scores,
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test),
-                    "seconds": time.perf_counter() - began, "versions": versions()}
+                    "seconds": time.perf_counter() - began}
             lines.append(line)
-            report(line)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
+            print_line(line)
             with open(args.results, "ab", buffering=0) as file:  # one write: processes may share the file
                 file.write(json.dumps(line, default=str).encode() + b"\n")
             if args.save:
@@ -98,6 +90,22 @@ def main() -> None:
                     (folder / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
     if len(lines) > 1:
         print_table(lines)
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Puts into `args` the settings of what --score and --init name."""
+    if args.score:
+        own = {"tgt", "data", "limit_test", "device", "results", "save", "score", "versions"}
+        with reading(f"--score {args.score}"):
+            kept = json.loads((args.score / "tuned.json").read_text())
+            vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])
+    args.priming = None
+    if args.init != "none":
+        with reading(f"--init {args.init}, which prime.py writes"):
+            args.priming = json.loads((Path(args.init) / "priming.json").read_text())
+            args.model, args.bottleneck = args.priming["model"], args.priming["bottleneck"]
+    if args.score and kept["priming"] != args.priming:
+        raise BadInput(f"{args.init} has changed since --score {args.score} was tuned on it: prime it again")
 
 
 def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) -> tuple[Tagger, Parameters]:
@@ -116,9 +124,9 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
 
 def tune(
     args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence],
-    features: Sequence[Tensor] | None, seed: int,
+    x: Sequence[Sentence] | Sequence[Tensor], seed: int,
 ) -> None:
-    """Fine-tunes the parameters `tuned` on the sentences or, where θp stays, on their features."""
+    """Fine-tunes the parameters `tuned`; `x` is the sentences or, where θp stays, their features."""
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
     optimizer, schedule = adamw(tuned.values(), args.lr, steps)
     model.train(args.tune == "full")  # dropout is for what fine-tuning moves
@@ -127,10 +135,9 @@ def tune(
             order = random.Random(f"{seed} {epoch}").sample(range(len(sentences)), len(sentences))
             for begin in range(0, len(order), args.batch_size):
                 chosen = order[begin : begin + args.batch_size]
-                x, tags = as_batch([sentences[i] for i in chosen], args.device)
-                batch = (torch.cat([features[i] for i in chosen]) if features else x, tags)
+                _, tags = as_batch([sentences[i] for i in chosen], args.device)
                 optimizer.zero_grad()
-                loss = tag_loss(model, batch)
+                loss = tag_loss(model, ([x[i] for i in chosen], tags))
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -140,18 +147,11 @@ def tune(
 
 
 @torch.no_grad()
-def encode(model: Tagger, sentences: list[Sentence]) -> Sequence[Tensor]:
-    """f(x; θp) of each sentence: [words, hidden]."""
-    words = [len(sentence.words) for sentence in sentences]
-    return model.encode(sentences).split(words) if sentences else []
-
-
-@torch.no_grad()
 def evaluate(
-    model: Tagger, sentences: list[Sentence], features: Sequence[Tensor], tag_names: list[str]
+    model: Tagger, sentences: list[Sentence], x: Sequence[Sentence] | Sequence[Tensor], tag_names: list[str]
 ) -> dict[str, Any]:
     """The `score` of the model's tags for all words of the sentences; a word that has no piece is O."""
-    best = iter(model(torch.cat(features)).argmax(dim=-1).tolist())
+    best = iter(model(x).argmax(dim=-1).tolist())
     gold = [[tag_names[tag] for tag in sentence.tags] for sentence in sentences]
     predicted = [["O"] * len(sentence.tags) for sentence in sentences]
     for sentence, tags in zip(sentences, predicted):
@@ -177,7 +177,7 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def report(line: dict[str, Any]) -> None:
+def print_line(line: dict[str, Any]) -> None:
     types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
     print(f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
           f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import sys
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 import torch
@@ -26,7 +25,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 if TYPE_CHECKING:  # at run time these are imported where a script needs them
     from adapters import Sentence
-    from transformers import PreTrainedTokenizerFast
 
 Batch = Any  # whatever the loss takes
 Loss = Callable[[Callable[..., Any], Batch], Tensor]  # L(f_θ, D): of what behaves as the model, and a batch
@@ -41,15 +39,15 @@ def prime(
 ) -> tuple[Parameters, Parameters]:
     """Algorithm 1, with the first-order meta-gradient of §4.2. θp, θa and θh are moved in place.
 
-    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`. A parameter in none of them
-        is a constant.
-    batches: each is a batch of tasks, and a task is a support set and a query set, of any form that `loss`
-        takes. Convergence is the caller's to judge: the algorithm ends with the last batch.
+    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which require
+        gradients. A parameter in none of them is a constant.
+    batches: each is a batch of tasks, at least one; a task is a support set and a query set, of any form
+        that `loss` takes. Convergence is the caller's to judge: the algorithm ends with the last batch.
     loss: L(f, D), a scalar, given what to call in the place of `model` and a support or a query set.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
-    hoist: makes of a support set one in which f(x; θp) is done, that `loss` takes too. For a model in which
-        θa and θh come after all of θp, and θp's part is deterministic (no dropout).
+    hoist: makes of a support set one in which f(x; θp) is done, that `loss` takes too; MAML does not use it.
+        For a model in which θa and θh come after all of θp, and θp's part is deterministic (no dropout).
     report: is called after every meta step with its query loss, summed over the tasks.
 
     The mode of the model (train or eval) stays as it is. Afterwards `.grad` of θp and θa holds the last
@@ -101,7 +99,7 @@ def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
 def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW (Loshchilov and Hutter 2019) whose rate falls linearly from `lr` to zero over `steps` steps."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
-    return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / max(1, steps)))
+    return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
 
 # ---- the data: WikiAnn as tasks ----
@@ -116,14 +114,19 @@ class BadInput(Exception):
     """What was wrong, where, and what to do, in one line."""
 
 
+def refuse(message: str) -> NoReturn:
+    raise BadInput(message)
+
+
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Whatever a library raises while it reads `source` is a BadInput."""
+    """Whatever the libraries raise while they read `source` becomes a BadInput that names it."""
     try:
         yield
+    except BadInput:
+        raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{source}: {type(error).__name__}: {reason[:300]}") from error
+        raise BadInput(f"{source}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_split(data: str, language: str, split: str, limit: int | None = None) -> tuple[list[Row], list[str]]:
@@ -135,21 +138,27 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
     """
     import datasets
 
-    folder = Path(data) / language
-    for path, prefix in (folder / f"{split}.txt", ""), (folder / ARCHIVE_NAMES[split], f"{language}:"):
-        if path.is_file():
-            return read_lines(path, prefix, limit), TAGS
-    if parquet := sorted(folder.glob(f"{split}-*.parquet")):
-        table = datasets.Dataset.from_parquet([str(path) for path in parquet])
-    elif Path(data).is_dir():
-        found = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
-        raise BadInput(f"{folder}: no {split} split there; the languages of {data} are: {' '.join(found)}")
+    folder, names = Path(data) / language, TAGS
+    text, archive = folder / f"{split}.txt", folder / ARCHIVE_NAMES[split]
+    if text.is_file() or archive.is_file():
+        rows = read_lines(text, "", limit) if text.is_file() else read_lines(archive, f"{language}:", limit)
     else:
-        with reading(f"--data {data}, which is no local folder"):
+        if parquet := sorted(folder.glob(f"{split}-*.parquet")):
+            table = datasets.Dataset.from_parquet([str(path) for path in parquet])
+        elif Path(data).is_dir():
+            found = " ".join(sorted(path.name for path in Path(data).iterdir() if path.is_dir()))
+            raise BadInput(f"{folder}: no {split} split there; the languages of {data} are: {found}")
+        else:
             table = datasets.load_dataset(data, language, split=split)
-    table = table.select(range(min(len(table), limit or len(table))))
-    names = getattr(table.features["ner_tags"].feature, "names", TAGS)
-    return list(zip(table["tokens"], table["ner_tags"])), names
+        table = table.select(range(min(len(table), limit or len(table))))
+        names = getattr(table.features["ner_tags"].feature, "names", TAGS)
+        rows = list(zip(table["tokens"], table["ner_tags"]))
+    for number, (words, tags) in enumerate(rows, start=1):
+        if len(words) != len(tags) or not set(tags) <= set(range(len(names))):
+            raise BadInput(f"{folder}: row {number} of {split} has not one tag of {names} for each token")
+    if not rows:
+        raise BadInput(f"{folder}: the {split} split is empty")
+    return rows, names
 
 
 def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
@@ -176,7 +185,7 @@ def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
     return rows + [(words, tags)] * bool(words)
 
 
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Sentence]:
+def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sentence]:
     """Word pieces and their alignment: the first piece of a word carries its tag, the others carry none."""
     from adapters import Sentence
 
@@ -190,6 +199,14 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, max_length
                 first.setdefault(word, position)
         sentences.append(Sentence(encoded["input_ids"][i], list(first.values()), list(first), tags))
     return sentences
+
+
+def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) -> tuple[list[Sentence], list[str]]:
+    """The sentences of a split, in training only those that have a word with a piece, and the tags' names."""
+    with reading(f"--data {args.data}, {language} {split}"):
+        rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
+        sentences = tokenize(rows, tokenizer, args.max_length)
+    return [sentence for sentence in sentences if sentence.words or split != "train"], names
 
 
 def sample_tasks(
@@ -207,14 +224,14 @@ def sample_tasks(
         yield drawn[:support], drawn[support:]
 
 
-def as_batch(sentences: Sequence[Sentence], device: torch.device) -> tuple[Sequence[Sentence], Tensor]:
-    """What `tag_loss` takes: sentences, and the tags of the words that have a piece, int64, [words]."""
+def as_batch(sentences: Sequence[Sentence], device: str) -> tuple[Sequence[Sentence], Tensor]:
+    """Sentences, and the tags of their words that have a piece: int64, [words]."""
     tags = [sentence.tags[word] for sentence in sentences for word in sentence.words]
-    return sentences, torch.tensor(tags, device=device)
+    return sentences, torch.tensor(tags, dtype=torch.int64, device=device)
 
 
-def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Sentence] | Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy over words; the batch holds sentences, or their features, and the words' tags."""
+def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Any], Tensor]) -> Tensor:
+    """Mean cross-entropy over words; a batch is sentences, or the features of each, and the words' tags."""
     x, tags = batch
     return nn.functional.cross_entropy(model(x), tags)
 
@@ -225,20 +242,21 @@ def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Sentence] | Ten
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
-    flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages (paper: en es)")
+    flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="sources (en es, the paper's)")
     flag("--method", choices=["meta", "maml", "ft"], default="meta",
-         help="meta: Algorithm 1 (row 4 of Table 1); maml: with its red line (row 6); ft: plain fine-tuning "
-         "of θp, θa and θh on the sentences that the tasks would have drawn (row 5)")
-    flag("--inner-steps", type=positive(int, or_zero=True), default=5, help="S (paper: 5; in row 7: 1)")
-    flag("--inner-lr", type=positive(float), default=0.03, help="α, of SGD in the inner loop (paper: 0.03)")
-    flag("--outer-lr", type=positive(float), default=5e-5, help="β, of AdamW, falling to 0 (paper: 5e-5)")
-    flag("--steps", type=positive(int), default=1000, help="meta steps (paper: not said)")
-    flag("--tasks", type=positive(int), default=2, help="tasks in a batch (paper: not said)")
-    flag("--support", type=positive(int), default=16, help="support sentences a task (paper: not said)")
-    flag("--query", type=positive(int), default=16, help="query sentences a task (paper: not said)")
-    flag("--bottleneck", type=positive(int), default=64, help="of the adapter (paper: 64)")
-    flag("--seed", type=int, default=0, help="of initialisation and sampling")
-    flag("--output", type=Path, default=Path("primed"), help="folder for θp*, θa* and priming.json")
+         help="meta: Algorithm 1 (row 4 of Table 1, the default); maml: with its red line (row 6); ft: plain "
+         "fine-tuning of θp, θa and θh on the sentences that the tasks would have drawn (row 5)")
+    flag("--inner-steps", type=positive(int, True), default=5, help="S (%(default)s, the paper's; row 7: 1)")
+    flag("--inner-lr", type=positive(float), default=0.03, help="α of SGD (%(default)s, the paper's)")
+    flag("--outer-lr", type=positive(float), default=5e-5,
+         help="β of AdamW, falling linearly to 0 (%(default)s, the paper's)")
+    flag("--steps", type=positive(int), default=1000, help="meta steps (%(default)s; paper: not said)")
+    flag("--tasks", type=positive(int), default=2, help="tasks in a batch (%(default)s; paper: not said)")
+    flag("--support", type=positive(int), default=16, help="sentences a task (%(default)s; paper: not said)")
+    flag("--query", type=positive(int), default=16, help="sentences a task (%(default)s; paper: not said)")
+    flag("--bottleneck", type=positive(int), default=64, help="of the adapter (%(default)s, the paper's)")
+    flag("--seed", type=int, default=0, help="of initialisation and sampling (%(default)s)")
+    flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa* (%(default)s)")
     return parser.parse_args()
 
 
@@ -247,16 +265,16 @@ def main() -> None:
     from adapters import Tagger, load_encoder, save_parameters
     from tqdm import tqdm
 
-    with reading(f"--model {args.model}"):
-        encoder, tokenizer = load_encoder(args.model)
-    corpora, tag_names = [], TAGS
-    for language in args.src:
-        rows, tag_names = read_split(args.data, language, "train", args.limit_train)
-        if len(rows) < args.support + args.query:
-            raise BadInput(f"{language}: {len(rows)} training sentences do not fill a support and a query "
-                           f"set; lower --support {args.support} or --query {args.query}")
-        corpora.append(tokenize(rows, tokenizer, args.max_length))
     torch.manual_seed(args.seed)
+    with reading(f"--model {args.model}, --max-length {args.max_length}, --device {args.device}"):
+        encoder, tokenizer = load_encoder(args.model, args.max_length, args.device)
+    corpora = []
+    for language in args.src:
+        sentences, tag_names = load(args, tokenizer, language, "train")
+        if len(sentences) < args.support + args.query:
+            raise BadInput(f"{language}: {len(sentences)} training sentences do not fill one support and one "
+                           f"query set; lower --support {args.support} or --query {args.query}")
+        corpora.append(sentences)
     model = Tagger(encoder, len(tag_names), args.bottleneck).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
     batches = (
@@ -272,6 +290,8 @@ def main() -> None:
 
     def report(loss: float) -> None:
         losses.append(loss)
+        if not math.isfinite(loss):
+            raise BadInput(f"the loss is {loss} at step {len(losses)}: lower --inner-lr or --outer-lr")
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     with whole_folder(args.output, "priming.json") as folder:
@@ -279,8 +299,7 @@ def main() -> None:
               inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
               hoist=None if args.method == "ft" else lambda batch: (model.encode(batch[0]), batch[1]),
               report=report)
-        record = {"bottleneck": args.bottleneck, "tags": tag_names, "arguments": vars(args),
-                  "versions": versions(), "last_losses": losses[-10:]}
+        record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_parameters(theta_a, folder / "adapter.safetensors")
@@ -290,18 +309,19 @@ def main() -> None:
 
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags that prime.py and finetune.py share; a wrong one is a BadInput."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = fail
+    parser = argparse.ArgumentParser(description=description)
+    parser.error = refuse
+    libraries = ("torch", "transformers", "datasets", "seqeval")
+    parser.set_defaults(versions={name: metadata.version(name) for name in libraries})
     flag = parser.add_argument
     flag("--model", default="bert-base-multilingual-cased",
-         help="pretrained encoder, a hub name or a folder that AutoModel loads (paper: mBERT, this default)")
+         help="pretrained encoder, a hub name or a folder that AutoModel loads (%(default)s, the paper's)")
     flag("--data", default="unimelb-nlp/wikiann",
          help="a hub name, or a folder with a folder a language that holds {train,validation,test}.txt, the "
-         "original archives' {train,dev,test}, or train-*.parquet and so on (paper: WikiAnn, this default)")
-    flag("--max-length", type=positive(int), default=128, help="word pieces; words beyond count as O")
-    flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of a training split only")
+         "original archives' {train,dev,test}, or train-*.parquet and so on (%(default)s, the paper's)")
+    flag("--max-length", type=positive(int), default=128,
+         help="word pieces a sentence; words beyond count as O (%(default)s; paper: not said)")
+    flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
     return parser
 
@@ -319,35 +339,25 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
 
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
-    """A folder that takes its name, and the place of an earlier one, only when everything is written.
-
-    Raises BadInput if something is there that does not hold the file `mark`: it is not ours to replace.
-    """
+    """A folder that, once complete, takes its name, and the place of an earlier one with the file `mark`."""
+    folder = folder.resolve()
     if folder.exists() and not (folder / mark).exists():
         raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as temporary:
+        partial = Path(temporary) / "new"
+        partial.mkdir()
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
         partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "seqeval")}
-
-
-def fail(message: str) -> NoReturn:
-    raise BadInput(message)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command; bad input ends it with one line on stderr and exit status 2."""
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 

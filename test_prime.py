@@ -17,7 +17,7 @@
 | §4.3, Table 1: each setting updates its parameters and no other | test_priming_moves_exactly_theta_p_and_theta_a, test_row_updates_exactly_its_parameters, test_fine_tuning_leaves_the_rest_bit_identical |
 | §4.3: FT priming sees the data of the tasks | test_ft_priming_draws_the_sentences_of_the_tasks |
 | §5.2: without inner steps, plain fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
-| f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning |
+| f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning |
 | README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_same_seed_same_bytes_another_seed_others |
 | README: data, scores and bad input | test_data_layouts_load_the_same_sentences, test_words_cut_off_count_as_o, test_score_equals_a_hand_count, test_bad_input_is_one_line |
 | README: prime.py needs torch alone | test_prime_imports_torch_alone |
@@ -402,7 +402,7 @@ def test_prime_imports_torch_alone(tmp_path):
 @pytest.fixture(scope="module")
 def demo():
     """The demo's encoder in float64, its tokenizer, and Hindi training sentences."""
-    encoder, tokenizer = adapters.load_encoder("demo/encoder")
+    encoder, tokenizer = adapters.load_encoder("demo/encoder", 128, "cpu")
     rows, _ = prime.read_split("demo/wikiann", "hi", "train")
     return encoder.double().eval(), tokenizer, prime.tokenize(rows, tokenizer, 128)
 
@@ -443,7 +443,8 @@ def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
     for sentence in chosen:
         hidden = encoder(input_ids=torch.tensor([sentence.ids])).last_hidden_state[0]
         alone.append(hidden[sentence.first])
-    torch.testing.assert_close(model.encode(chosen), torch.cat(alone), rtol=0, atol=1e-12)
+    for encoded, expected in zip(model.encode(chosen), alone, strict=True):
+        torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-12)
 
 
 def padded_loss(model, sentences):
@@ -477,11 +478,13 @@ def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, subset, dem
     assert_equals_oracle(model, expected, sets[2], 1e-9)
 
 
-def test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning(demo, monkeypatch, tmp_path):
+def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(demo, monkeypatch, tmp_path):
     modes = {}
 
-    def spy(model, *arguments, **settings):
+    def spy(model, theta_p, theta_a, theta_h, batches, *rest, **settings):
         modes["prime"] = {module.training for module in model.modules()}
+        modes["settings"] = settings["maml"], settings["inner_steps"], settings["inner_lr"]
+        modes["tasks"] = [[len(tags) for _, tags in task] for tasks in batches for task in tasks]
 
     def spy_loss(model, batch):
         modes["tune"] = {module.training for module in model.modules()}
@@ -489,18 +492,21 @@ def test_dropout_is_off_in_the_frozen_encoder_and_on_in_plain_fine_tuning(demo, 
 
     monkeypatch.setattr(prime, "prime", spy)
     for method in ("meta", "maml", "ft"):
-        flags = ["--method", method, "--steps", "1", "--output", str(tmp_path / method)]
-        monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, *flags])
+        flags = ["--method", method, "--steps", "3", "--inner-steps", "2", "--inner-lr", "0.2", "--tasks", "4"]
+        monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, *flags, "--output", str(tmp_path / method)])
         with pytest.raises(IndexError):  # the spy reports no loss
             prime.main()
         assert modes["prime"] == {method == "ft"}
+        assert modes["settings"] == (method == "maml", 0 if method == "ft" else 2, 0.2)
+        assert len(modes["tasks"]) == 3 * 4 and all((s == 0) == (method == "ft") for s, _ in modes["tasks"])
     monkeypatch.setattr(finetune, "tag_loss", spy_loss)
     for tune in ("adapter", "head", "full"):
         args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=1, batch_size=8, lr=1e-2)
         model, tuned = finetune.start(args, demo[0].train(), 7, seed=0)
         assert not any(module.training for module in model.double().modules())  # sentences are encoded now
-        features = None if tune == "full" else finetune.encode(model, demo[2][:8])
-        finetune.tune(args, model, tuned, demo[2][:8], features, seed=0)
+        sentences = demo[2][:8]
+        x = sentences if tune == "full" else [part.detach() for part in model.encode(sentences)]
+        finetune.tune(args, model, tuned, sentences, x, seed=0)
         assert modes["tune"] == {tune == "full"} and not any(module.training for module in model.modules())
 
 
@@ -584,7 +590,7 @@ def test_words_cut_off_count_as_o(demo):
     sentences = prime.tokenize(rows, tokenizer, 7)  # with [CLS] and [SEP], five words are left: LOC(ef) loses f
     rows.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences += prime.tokenize(rows[2:], tokenizer, 7)  # PER(b) is lost
-    result = finetune.evaluate(Oracle(sentences), sentences, [torch.zeros(1)], prime.TAGS)
+    result = finetune.evaluate(Oracle(sentences), sentences, sentences, prime.TAGS)
     # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC
     assert result["precision"] == pytest.approx(100 * 3 / 4) and result["recall"] == pytest.approx(100 * 3 / 5)
     assert result["f1"] == pytest.approx(100 * 2 * 3 / (4 + 5))
@@ -698,8 +704,8 @@ def test_fine_tuning_leaves_the_rest_bit_identical(tune, demo):
     model, tuned = finetune.start(args, encoder, 7, seed=0)
     model.double()
     before = copy.deepcopy(model.state_dict())
-    features = None if tune == "full" else finetune.encode(model, sentences[:40])
-    finetune.tune(args, model, tuned, sentences[:40], features, seed=0)
+    x = sentences[:40] if tune == "full" else [part.detach() for part in model.encode(sentences[:40])]
+    finetune.tune(args, model, tuned, sentences[:40], x, seed=0)
     assert moved(model.state_dict(), before) == tuned.keys()
 
 
@@ -724,7 +730,7 @@ def test_primed_loads_elsewhere(table):
     assert AutoTokenizer.from_pretrained(primed)(text) == AutoTokenizer.from_pretrained(HERE / "demo/encoder")(text)
     record = json.loads((primed / "priming.json").read_text())
     assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2 and record["versions"]["torch"]
-    assert record["arguments"]["src"] == ["en", "es"]
+    assert record["src"] == ["en", "es"] and record["tags"] == prime.TAGS
 
 
 @pytest.mark.parametrize("row", [1, 4])
@@ -758,8 +764,8 @@ def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
         ("prime.py", [*DEMO, "--output", "demo"], "demo exists and was not written by us (no priming.json)"),
-        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where: "),
-        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, which is no local folder: "),
+        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where, --max-length 128, --device cpu: "),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: "),
         ("finetune.py", ["--tgt", "hi", "--init", "no/where", *DEMO], "--init no/where, which prime.py writes: "),
         ("finetune.py", DEMO, "the following arguments are required: --tgt"),
     ],
