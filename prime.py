@@ -201,7 +201,9 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
     return sentences
 
 
-def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) -> tuple[list[Sentence], list[str]]:
+def load(
+    args: argparse.Namespace, tokenizer: Any, language: str, split: str
+) -> tuple[list[Sentence], list[str]]:
     """The sentences of a split, in training only those that have a word with a piece, and the tags' names."""
     with reading(f"--data {args.data}, {language} {split}"):
         rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])

@@ -24,6 +24,7 @@
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -60,11 +61,13 @@ class Small(nn.Module):
         self.f, self.g, self.h = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
         self.constant = nn.Parameter(torch.ones(5))
         self.register_buffer("shift", torch.full((5,), 0.1))
+        self.dropout = nn.Dropout(0.5)
+        self.eval()
         self.calls = []
         self.double()
 
     def features(self, x):
-        return torch.tanh(self.f(x)) * self.constant + self.shift
+        return self.dropout(torch.tanh(self.f(x)) * self.constant + self.shift)
 
     def forward(self, x):
         self.calls.append({name: p.detach().clone() for name, p in self.named_parameters()})
@@ -380,7 +383,8 @@ def test_meta_step_keeps_flags_mode_buffers_and_random_state(training):
     meta_step(model, make_tasks(2))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(module.training == training for module in model.modules())
-    assert same(dict(model.named_buffers()), buffers) and torch.equal(torch.get_rng_state(), chance)
+    assert same(dict(model.named_buffers()), buffers)
+    assert torch.equal(torch.get_rng_state(), chance) != training  # dropout draws in train mode only
     assert torch.equal(model.h.weight.grad, torch.ones_like(model.h.weight)) and model.h.bias.grad is None
     assert all(p.is_leaf for p in model.parameters())
 
@@ -560,6 +564,21 @@ def test_data_layouts_load_the_same_sentences(tmp_path):
             assert prime.read_split(str(data), "hi", split, limit=7)[0] == expected[split][:7]
 
 
+def test_a_hub_name_is_read_through_datasets(monkeypatch):
+    """As `load_dataset("unimelb-nlp/wikiann", "hi", split="train")` gives it; its features name the tags."""
+    import datasets
+
+    names = ["O", "B-X", "I-X"]
+    features = datasets.Features(tokens=datasets.List(datasets.Value("string")),
+                                 ner_tags=datasets.List(datasets.ClassLabel(names=names)))
+    table = datasets.Dataset.from_dict({"tokens": [["a", "b"], ["c"]], "ner_tags": [[1, 2], [0]]}, features=features)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or table)
+    assert prime.read_split("unimelb-nlp/wikiann", "hi", "train") == ([(["a", "b"], [1, 2]), (["c"], [0])], names)
+    assert prime.read_split("unimelb-nlp/wikiann", "hi", "train", limit=1)[0] == [(["a", "b"], [1, 2])]
+    assert calls[0] == (("unimelb-nlp/wikiann", "hi"), {"split": "train"})
+
+
 def test_the_first_piece_of_a_word_carries_its_tag(demo):
     _, tokenizer, _ = demo
     words = ["Zxqyvw", "in", "Qwxz"]
@@ -678,6 +697,12 @@ def test_priming_moves_exactly_theta_p_and_theta_a(row, table, theta):
     assert all(p.any() for p in theta_a.values())  # biases start at zero
 
 
+def test_each_way_of_priming_gives_another_theta(table):
+    primed = {row: tensors(table[row][0] / "primed") for row in PRIMING}
+    for row, other in itertools.combinations(PRIMING, 2):
+        assert moved(primed[row], primed[other])
+
+
 @pytest.mark.parametrize("row", range(1, 8))
 def test_row_updates_exactly_its_parameters(row, table, theta):
     folder, _ = table[row]
@@ -714,7 +739,9 @@ def test_results_have_every_setting_and_the_table_its_means(table):
     lines = read_lines(folder / "results.jsonl")
     assert [(line["target"], line["seed"], line["tune"]) for line in lines] == [("hi", 0, "adapter"), ("hi", 1, "adapter")]
     assert all(line["init"] == str(folder / "primed") and line["model"] == "demo/encoder" for line in lines)
-    assert {"precision", "recall", "types", "epochs", "lr", "batch_size", "max_length", "data", "seconds"} <= lines[0].keys()
+    assert {"precision", "recall", "types", "max_length", "data", "seconds", "priming"} <= lines[0].keys()
+    told = {"epochs": 2, "batch_size": 16, "lr": 1e-3, "train_sentences": 30, "test_sentences": 30}
+    assert told.items() <= lines[0].items()
     scores = [line["f1"] for line in lines]
     row = stdout.splitlines()[-1].split()
     assert row[:3] == ["hi", f"{statistics.mean(scores):.2f}", f"{statistics.stdev(scores):.2f}"]
@@ -736,11 +763,29 @@ def test_primed_loads_elsewhere(table):
 @pytest.mark.parametrize("row", [1, 4])
 def test_saved_pair_scores_the_same(row, table, tmp_path):
     folder, _ = table[row]
-    flags = ["--limit-test", 30, "--score", folder / "tuned/hi-0", "--results", tmp_path / "again.jsonl"]
+    flags = ["--limit-test", 30, "--score", folder / "tuned/hi-1", "--results", tmp_path / "again.jsonl"]
     command("finetune.py", "--tgt", "hi", *DEMO, *flags)
-    (again,), (line, _) = read_lines(tmp_path / "again.jsonl"), read_lines(folder / "results.jsonl")
-    for key in ("f1", "precision", "recall", "types", "tune", "init", "updated", "parameters"):
-        assert again[key] == line[key]
+    (again,), (_, line) = read_lines(tmp_path / "again.jsonl"), read_lines(folder / "results.jsonl")
+    free = {"seconds", "results", "save", "score", "seeds"}
+    assert {key: again[key] for key in again.keys() - free} == {key: line[key] for key in line.keys() - free}
+
+
+def test_a_saved_pair_is_held_to_its_base(table, tmp_path):
+    shutil.copytree(table[4][0] / "tuned/hi-0", tmp_path / "hi-0")
+    kept = json.loads((tmp_path / "hi-0/tuned.json").read_text())
+    (tmp_path / "hi-0/tuned.json").write_text(json.dumps({**kept, "init": str(table[7][0] / "primed")}))
+    done = command("finetune.py", "--tgt", "hi", *DEMO, "--score", tmp_path / "hi-0", status=2)
+    assert "has changed since" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_output(table, tmp_path):
+    primed = shutil.copytree(table[6][0] / "primed", tmp_path / "primed")
+    before = {path.name: path.read_bytes() for path in primed.iterdir()}
+    flags = [*DEMO, *SMALL_PRIMING, "--method", "maml", "--inner-lr", "1e4", "--output", primed]
+    done = command("prime.py", *flags, status=2)
+    assert "lower --inner-lr" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in primed.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["primed"]
 
 
 def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
@@ -763,6 +808,8 @@ def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
         ("prime.py", [*DEMO, "--support", 10_000], "en: 700 training sentences"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
+        ("prime.py", [*DEMO, "--max-length", 129], "ValueError: a sentence takes up to 128 pieces"),
+        ("prime.py", [*DEMO, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", [*DEMO, "--output", "demo"], "demo exists and was not written by us (no priming.json)"),
         ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where, --max-length 128, --device cpu: "),
         ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: "),
@@ -784,6 +831,7 @@ def test_bad_input_is_one_line(script, flags, told, tmp_path):
         ("a\tO\nb\n", "train.txt:2: not a token, a tab and a tag: 'b'"),
         ("a\tO\nb\tO\tO\n", "train.txt:2: not a token, a tab and a tag"),
         ("a\tO\n\nb\tB-DOG\n", "train.txt:3: tag 'B-DOG' is none of O B-PER"),
+        ("\n\n", "the train split is empty"),
     ],
 )
 def test_bad_lines_are_told_with_file_line_and_tag(text, told, tmp_path):
