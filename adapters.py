@@ -61,11 +61,9 @@ class Tagger(nn.Module):
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
-        def named(prefix: str) -> Parameters:
-            own = ((n, p) for n, p in self.named_parameters() if not n.startswith("encoder.pooler."))
-            return {n: p for n, p in own if n.startswith(prefix)}
-
-        return named("encoder."), named("adapter."), named("head.")
+        theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
+        parts = ("encoder.", "adapter.", "head.")
+        return tuple({n: p for n, p in theta.items() if n.startswith(part)} for part in parts)
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Tensor]:
         """f(x; θp) of each sentence at the first piece of every word that has one, [words, hidden].

@@ -7,6 +7,7 @@ own model, copy this file and call `prime`: it needs torch and nothing else.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -164,25 +165,24 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
 def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
     """The sentences of a text file; a blank line ends one. Raises BadInput with the number of the line."""
     rows: list[Row] = []
-    words: list[str] = []
-    tags: list[int] = []
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.rstrip("\r\n")
-            if line:
-                columns = line.removeprefix(prefix).split("\t")
-                if len(columns) != 2 or not columns[0]:
-                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line!r}")
-                if columns[1] not in TAGS:
-                    raise BadInput(f"{path}:{number}: tag {columns[1]!r} is none of {' '.join(TAGS)}")
-                words.append(columns[0])
-                tags.append(TAGS.index(columns[1]))
-            elif words:
-                rows.append((words, tags))
-                words, tags = [], []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
+        for blank, sentence in itertools.groupby(lines, key=lambda line: line[1] == ""):
+            if blank:
+                continue
             if len(rows) == limit:
-                return rows
-    return rows + [(words, tags)] * bool(words)
+                break
+            words, tags = [], []
+            for number, line in sentence:
+                word, *tag = line.removeprefix(prefix).split("\t")
+                if not word or len(tag) != 1:
+                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line!r}")
+                if tag[0] not in TAGS:
+                    raise BadInput(f"{path}:{number}: tag {tag[0]!r} is none of {' '.join(TAGS)}")
+                words.append(word)
+                tags.append(TAGS.index(tag[0]))
+            rows.append((words, tags))
+    return rows
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sentence]:
