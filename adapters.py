@@ -68,8 +68,8 @@ class Tagger(nn.Module):
     def encode(self, sentences: Sequence[Sentence]) -> list[Tensor]:
         """f(x; θp) of each sentence at the first piece of every word that has one, [words, hidden].
 
-        Sentences of like length go through the encoder together, so that little of its work is padding; they
-        share one look-up in the word embeddings, whose dense gradient is then made only once.
+        Sentences of like length go through the encoder together, so that little of its work is padding; all
+        share one look-up in the word embeddings, so that its dense gradient is built once.
         """
         device = self.head.weight.device
         lengths = [len(sentence.ids) for sentence in sentences]
@@ -88,7 +88,7 @@ class Tagger(nn.Module):
             features.append(hidden[rows, columns])  # of [chunk, length, hidden], the [words, hidden] wanted
             done += len(chunk)
         parts = torch.cat(features).split([len(sentences[i].first) for i in order])
-        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]
+        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]  # as they came
 
     def forward(self, x: Sequence[Sentence] | Sequence[Tensor]) -> Tensor:
         """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""

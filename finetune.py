@@ -35,17 +35,17 @@ def parse_arguments() -> argparse.Namespace:
     flag("--init", default="primed",
          help="where θp and θa come from: a folder that prime.py wrote (%(default)s; rows 4 to 7; --model "
          "then has no say), or none: θp from --model and a random θa (rows 1 to 3)")
-    flag("--bottleneck", type=positive(int), default=64, help="of a random θa (%(default)s, the paper's)")
+    flag("--bottleneck", type=positive(int), default=64, help="of a new adapter (%(default)s, the paper's)")
     flag("--epochs", type=positive(int), default=10, help="(%(default)s; paper: not said)")
     flag("--lr", type=positive(float), default=1e-3,
          help="of AdamW, falling linearly to 0 (%(default)s; paper: not said)")
     flag("--batch-size", type=positive(int), default=16, help="sentences (%(default)s; paper: not said)")
-    flag("--seeds", type=int, nargs="+", default=[0], help="of head, random θa and order; a run each (0)")
+    flag("--seeds", type=int, nargs="+", default=[0], help="a run for each (0)")
     flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
-    flag("--results", type=Path, default=Path("results.jsonl"), help="file of a line a run (%(default)s)")
+    flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line (%(default)s)")
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
     flag("--score", type=Path, metavar="DIR/LANG-SEED",
-         help="score what --save kept, without training, with the settings that it was tuned with")
+         help="score what --save kept, on the given --data, with the settings that it was tuned with")
     return parser.parse_args()
 
 
@@ -57,7 +57,8 @@ def main() -> None:
         encoder, tokenizer = load_encoder(source, args.max_length, args.device)
     data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
-        data[language] = load(args, tokenizer, language, "train")[0], *load(args, tokenizer, language, "test")
+        train = [] if args.score else load(args, tokenizer, language, "train")[0]
+        data[language] = train, *load(args, tokenizer, language, "test")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for language, (train, test, tag_names) in data.items():
@@ -65,9 +66,9 @@ def main() -> None:
         for seed in args.seeds:
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(tag_names), seed)
-            if args.tune != "full" and x_test is test:  # θp stays: encode once, for all epochs and seeds
-                with torch.no_grad():
-                    x_train, x_test = [] if args.score else model.encode(train), model.encode(test)
+            if x_test is test and args.tune != "full":
+                with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
+                    x_train, x_test = train and model.encode(train), model.encode(test)
             if args.score:
                 with reading(f"--score {args.score}"):
                     load_parameters(tuned, args.score / "tuned.safetensors")
@@ -93,7 +94,7 @@ def main() -> None:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Puts into `args` the settings of what --score and --init name."""
+    """Puts into `args` the settings recorded in the folders that --score and --init name."""
     if args.score:
         own = {"tgt", "data", "limit_test", "device", "results", "save", "score", "versions"}
         with reading(f"--score {args.score}"):

@@ -44,15 +44,15 @@ def prime(
         gradients. A parameter in none of them is a constant.
     batches: each is a batch of tasks, at least one; a task is a support set and a query set, of any form
         that `loss` takes. Convergence is the caller's to judge: the algorithm ends with the last batch.
-    loss: L(f, D), a scalar, given what to call in the place of `model` and a support or a query set.
+    loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
-    hoist: makes of a support set one in which f(x; θp) is done, that `loss` takes too; MAML does not use it.
-        For a model in which θa and θh come after all of θp, and θp's part is deterministic (no dropout).
+    hoist: replaces the inputs of a support set by f(x; θp), which `loss` must accept in their place; ignored
+        with `maml`. For a model in which θa and θh come after all of θp, with no dropout in θp's part.
     report: is called after every meta step with its query loss, summed over the tasks.
 
-    The mode of the model (train or eval) stays as it is. Afterwards `.grad` of θp and θa holds the last
-    meta-gradient; `.grad` of θh is untouched.
+    The mode of the model stays as it is: call `model.eval()` before, unless dropout is wanted. Afterwards
+    `.grad` of θp and θa holds the last meta-gradient; `.grad` of θh is untouched.
     """
     outer = [*theta_p.values(), *theta_a.values()]
     # Alg. 1, line 1: not converged as long as the caller has batches
@@ -68,27 +68,27 @@ def prime(
             for _ in range(inner_steps):  # Alg. 1, line 5
                 moving = [*theta_a, *theta_h]  # Alg. 1, line 6: θi_a and θi_h ...
                 if maml:
-                    moving += theta_p  # Alg. 1, the red line: ... and θi_p, "in MAML, but not here"
+                    moving += [*theta_p]  # Alg. 1, the red line: ... and θi_p, in MAML only
                 support_loss = loss(at(model, theta_i), support)
                 at_theta_i = [theta_i[name] for name in moving]
                 gradients = torch.autograd.grad(support_loss, at_theta_i, materialize_grads=True)
                 for name, gradient in zip(moving, gradients):
                     # To autograd this gradient is a constant, so dθi/dθ is the identity: first order.
                     theta_i[name] = theta_i[name] - inner_lr * gradient
-            # Alg. 1, line 7
+            # Alg. 1, line 7: end for. What follows is line 9's, taken task by task to hold one θi at a time.
             if theta_1_h is None:
                 theta_1_h = {name: theta_i[name].detach() for name in theta_h}
             task_loss = loss(at(model, theta_i), query)
-            task_loss.backward(inputs=outer)  # adds to .grad: the sum over tasks of line 9
+            task_loss.backward(inputs=outer)  # adds to .grad of θ: the sum over the tasks
             query_loss += task_loss.item()
-        # Alg. 1, line 8
+        # Alg. 1, line 8: end for
         optimizer.step()  # Alg. 1, line 9: θa and θp ...
         schedule.step()
         with torch.no_grad():
             for name, parameter in theta_h.items():
                 parameter.copy_(theta_1_h[name])  # ... and θh = θ1_h
         report(query_loss)
-    # Alg. 1, line 10
+    # Alg. 1, line 10: end while
     return theta_p, theta_a  # Alg. 1, line 11
 
 
@@ -204,7 +204,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
 def load(
     args: argparse.Namespace, tokenizer: Any, language: str, split: str
 ) -> tuple[list[Sentence], list[str]]:
-    """The sentences of a split, in training only those that have a word with a piece, and the tags' names."""
+    """The sentences of a split, for training without those that have no word piece, and the tags' names."""
     with reading(f"--data {args.data}, {language} {split}"):
         rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
         sentences = tokenize(rows, tokenizer, args.max_length)
@@ -254,8 +254,8 @@ def parse_arguments() -> argparse.Namespace:
          help="β of AdamW, falling linearly to 0 (%(default)s, the paper's)")
     flag("--steps", type=positive(int), default=1000, help="meta steps (%(default)s; paper: not said)")
     flag("--tasks", type=positive(int), default=2, help="tasks in a batch (%(default)s; paper: not said)")
-    flag("--support", type=positive(int), default=16, help="sentences a task (%(default)s; paper: not said)")
-    flag("--query", type=positive(int), default=16, help="sentences a task (%(default)s; paper: not said)")
+    flag("--support", type=positive(int), default=16, help="its size (%(default)s; paper: not said)")
+    flag("--query", type=positive(int), default=16, help="its size (%(default)s; paper: not said)")
     flag("--bottleneck", type=positive(int), default=64, help="of the adapter (%(default)s, the paper's)")
     flag("--seed", type=int, default=0, help="of initialisation and sampling (%(default)s)")
     flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa* (%(default)s)")
@@ -319,12 +319,13 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     flag("--model", default="bert-base-multilingual-cased",
          help="pretrained encoder, a hub name or a folder that AutoModel loads (%(default)s, the paper's)")
     flag("--data", default="unimelb-nlp/wikiann",
-         help="a hub name, or a folder with a folder a language that holds {train,validation,test}.txt, the "
-         "original archives' {train,dev,test}, or train-*.parquet and so on (%(default)s, the paper's)")
+         help="a hub name, or a folder with one folder per language that holds {train,validation,test}.txt, "
+         "the original archives' {train,dev,test}, or train-*.parquet and so on (%(default)s, the paper's)")
     flag("--max-length", type=positive(int), default=128,
          help="word pieces a sentence; words beyond count as O (%(default)s; paper: not said)")
     flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", default=device, help="(%(default)s; cuda where there is one)")
     return parser
 
 
