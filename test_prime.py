@@ -800,6 +800,11 @@ def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
     first = tensor_bytes(table[4][0] / "primed")
     assert outputs("0") == first
     assert all(a != b for a, b in zip(outputs("1"), first))
+    flags = [*SMALL_TUNING, "--bottleneck", 8, *TUNING[3], "--results", tmp_path / "results.jsonl", "--save", tmp_path]
+    command("finetune.py", "--tgt", "hi", *DEMO, *flags)
+    tuned = [folder / "tuned.safetensors" for folder in (tmp_path / "hi-0", *sorted((table[3][0] / "tuned").iterdir()))]
+    again, seed_0, seed_1 = (path.read_bytes() for path in tuned)
+    assert again == seed_0 != seed_1
 
 
 @pytest.mark.parametrize(
