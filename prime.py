@@ -306,7 +306,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         save_parameters(theta_a, folder / "adapter.safetensors")
         (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
-    print(f"{args.output}: θp* and θa* after {args.steps} steps; loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    print(f"{args.output}: θp*, θa* after {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
