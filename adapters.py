@@ -7,7 +7,7 @@ Nothing here knows of data or of training.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Sentence(NamedTuple):
     first: list[int]  # for every word that has one, the position in `ids` of its first piece
     words: list[int]  # ... and the number of that word in the sentence
     tags: list[int]  # the gold tag of every word, also of those cut off
+
+
+Inputs = Sequence[Sentence] | Sequence[Tensor]  # of a tagger: sentences, or what `encode` made of each
 
 
 class Adapter(nn.Module):
@@ -50,10 +53,15 @@ class Tagger(nn.Module):
     cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
     """
 
-    def __init__(self, encoder: nn.Module, num_tags: int, bottleneck: int = 64):
+    def __init__(self, encoder: nn.Module, num_tags: int, bottleneck: int = 64, bf16: bool = False):
         super().__init__()
         hidden = encoder.config.hidden_size
         self.encoder = encoder
+        after_padding = (getattr(encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's way
+        self.first_position = {  # of a sentence; None: f takes no positions and masks from us, so we do not pack
+            "bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding,
+        }.get(encoder.config.model_type)
+        self.bf16 = bf16
         self.adapter = Adapter(hidden, bottleneck) if bottleneck else nn.Identity()
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -68,29 +76,51 @@ class Tagger(nn.Module):
     def encode(self, sentences: Sequence[Sentence]) -> list[Tensor]:
         """f(x; θp) of each sentence at the first piece of every word that has one, [words, hidden].
 
-        Sentences of like length go through the encoder together, so that little of its work is padding; all
-        share one look-up in the word embeddings, so that its dense gradient is built once.
+        Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps its own
+        positions and attends to itself alone: the result is that of a row a sentence.
         """
-        device = self.head.weight.device
-        lengths = [len(sentence.ids) for sentence in sentences]
-        order = sorted(range(len(sentences)), key=lengths.__getitem__)
-        ids = torch.tensor([piece for i in order for piece in sentences[i].ids], device=device)
-        embedded = self.encoder.get_input_embeddings()(ids).split([lengths[i] for i in order])
-        features, done = [], 0
-        while done < len(order):
-            # Up to 64 sentences, none more than 1.3 times as long as the shortest.
-            chunk = [i for i in order[done : done + 64] if lengths[i] <= 1.3 * lengths[order[done]]]
-            x = nn.utils.rnn.pad_sequence(embedded[done : done + len(chunk)], batch_first=True)
-            mask = torch.arange(x.shape[1]) < torch.tensor([lengths[i] for i in chunk]).unsqueeze(1)
-            hidden = self.encoder(inputs_embeds=x, attention_mask=mask.to(device)).last_hidden_state
-            rows = [row for row, i in enumerate(chunk) for _ in sentences[i].first]
-            columns = [column for i in chunk for column in sentences[i].first]
-            features.append(hidden[rows, columns])  # of [chunk, length, hidden], the [words, hidden] wanted
-            done += len(chunk)
-        parts = torch.cat(features).split([len(sentences[i].first) for i in order])
-        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]  # as they came
+        if not sentences or len(sentences) > 256:  # more would need much memory at once
+            return self.encode(sentences[:256]) + self.encode(sentences[256:]) if sentences else []
+        rows = self.pack([len(sentence.ids) for sentence in sentences])
+        device, dtype = self.head.weight.device, self.head.weight.dtype
 
-    def forward(self, x: Sequence[Sentence] | Sequence[Tensor]) -> Tensor:
+        def grid(values: Callable[[int], Iterable[int]], padding: int = 0) -> Tensor:
+            """A value for every piece, [rows, length of the longest row]."""
+            filled = [torch.tensor([value for i in row for value in values(i)]) for row in rows]
+            return nn.utils.rnn.pad_sequence(filled, batch_first=True, padding_value=padding).to(device)
+
+        ids = grid(lambda i: sentences[i].ids)
+        owner = grid(lambda i: [i] * len(sentences[i].ids), -1)
+        where = {"attention_mask": owner >= 0}
+        if self.first_position is not None:
+            others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
+            where["attention_mask"] = torch.finfo(dtype).min * others.to(dtype)
+            where["position_ids"] = grid(lambda i: range(len(sentences[i].ids))) + self.first_position
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.encoder(ids, **where).last_hidden_state.to(dtype)
+        first = grid(lambda i: (place in sentences[i].first for place in range(len(sentences[i].ids)))).bool()
+        order = [i for row in rows for i in row]
+        features = hidden[first].split([len(sentences[i].first) for i in order])
+        return [feature for _, feature in sorted(zip(order, features), key=lambda pair: pair[0])]
+
+    def hoist(self, sets: Sequence[tuple[Sequence[Sentence], Tensor]]) -> list[tuple[list[Tensor], Tensor]]:
+        """Sets of sentences with their tags, the sentences replaced by what one `encode` makes of them all."""
+        features = iter(self.encode([sentence for sentences, _ in sets for sentence in sentences]))
+        return [([next(features) for _ in sentences], tags) for sentences, tags in sets]
+
+    def pack(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Numbers of sentences in rows no longer than the longest sentence: longest first, first fit."""
+        rows: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            fitting = (row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= max(lengths))
+            row = next(fitting, None)
+            if row and self.first_position is not None:
+                row.append(i)
+            else:
+                rows.append([i])
+        return rows
+
+    def forward(self, x: Inputs) -> Tensor:
         """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""
         features = self.encode(x) if isinstance(x[0], Sentence) else x
         return self.head(self.adapter(torch.cat(list(features))))

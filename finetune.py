@@ -13,13 +13,13 @@ import random
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
+from adapters import Inputs, Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
 from prime import (
     BadInput, adamw, as_batch, common_parser, load, positive, reading, run, tag_loss, whole_folder,
 )
@@ -28,21 +28,22 @@ from prime import (
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
-    flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets (paper: hi af az lt et nl)")
+    flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter",
-         help="adapter: θa and θh (rows 3 to 7 of Table 1, the default); head: θh, without an adapter "
-         "(row 2); full: θp and θh, without an adapter (row 1)")
+         help="adapter: θa and θh (rows 3 to 7 of Table 1); head: θh, without an adapter (row 2); full: θp "
+         "and θh, without an adapter (row 1)")
     flag("--init", default="primed",
-         help="where θp and θa come from: a folder that prime.py wrote (%(default)s; rows 4 to 7; --model "
-         "then has no say), or none: θp from --model and a random θa (rows 1 to 3)")
-    flag("--bottleneck", type=positive(int), default=64, help="of a new adapter (%(default)s, the paper's)")
-    flag("--epochs", type=positive(int), default=10, help="(%(default)s; paper: not said)")
-    flag("--lr", type=positive(float), default=1e-3,
-         help="of AdamW, falling linearly to 0 (%(default)s; paper: not said)")
-    flag("--batch-size", type=positive(int), default=16, help="sentences (%(default)s; paper: not said)")
-    flag("--seeds", type=int, nargs="+", default=[0], help="a run for each (0)")
+         help="where θp and θa come from: a folder that prime.py wrote (rows 4 to 7; --model then has no "
+         "say), or none: θp from --model and a random θa (rows 1 to 3)")
+    flag("--bottleneck", type=positive(int), default=64, help="of a new adapter; paper: 64")
+    flag("--epochs", type=positive(int), default=10, help="paper: not said")
+    flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling to 0; paper: not said")
+    flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
+    flag("--cache-gb", type=positive(float, or_zero=True), default=4.0,
+         help="where θp stays, keep f(x; θp) in memory up to this size, and beyond it compute it every epoch")
+    flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
     flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
-    flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line (%(default)s)")
+    flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line")
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
     flag("--score", type=Path, metavar="DIR/LANG-SEED",
          help="score what --save kept, on the given --data, with the settings that it was tuned with")
@@ -63,12 +64,16 @@ def main() -> None:
     lines = []
     for language, (train, test, tag_names) in data.items():
         x_train, x_test = train, test
+        words = sum(len(sentence.words) for sentence in train + test)
+        cache_gb = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
+        if args.tune == "full" or cache_gb > args.cache_gb:
+            cache_gb = 0.0
         for seed in args.seeds:
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(tag_names), seed)
-            if x_test is test and args.tune != "full":
+            if x_test is test and cache_gb:
                 with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
-                    x_train, x_test = train and model.encode(train), model.encode(test)
+                    x_train, x_test = model.encode(train), model.encode(test)
             if args.score:
                 with reading(f"--score {args.score}"):
                     load_parameters(tuned, args.score / "tuned.safetensors")
@@ -79,7 +84,7 @@ def main() -> None:
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
             line = {"target": language, "seed": seed, **vars(args), **scores,
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
-                    "train_sentences": len(train), "test_sentences": len(test),
+                    "train_sentences": len(train), "test_sentences": len(test), "cached_gb": cache_gb,
                     "seconds": time.perf_counter() - began}
             lines.append(line)
             print_line(line)
@@ -96,7 +101,7 @@ def main() -> None:
 def resolve(args: argparse.Namespace) -> None:
     """Puts into `args` the settings recorded in the folders that --score and --init name."""
     if args.score:
-        own = {"tgt", "data", "limit_test", "device", "results", "save", "score", "versions"}
+        own = {"tgt", "data", "limit_test", "device", "cache_gb", "results", "save", "score", "versions"}
         with reading(f"--score {args.score}"):
             kept = json.loads((args.score / "tuned.json").read_text())
             vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])
@@ -115,8 +120,10 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
     if args.tune == "full":
         encoder = copy.deepcopy(encoder)  # the next run starts from the same one
     bottleneck = args.bottleneck if args.tune == "adapter" else 0
-    model = Tagger(encoder, tags, bottleneck).to(args.device).eval()
+    model = Tagger(encoder, tags, bottleneck, args.bf16).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
+    for parameter in theta_p.values():
+        parameter.requires_grad_(args.tune == "full")
     if args.tune == "adapter" and args.init != "none":
         with reading(f"--init {args.init}"):
             load_parameters(theta_a, Path(args.init) / "adapter.safetensors")
@@ -124,8 +131,7 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
 
 
 def tune(
-    args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence],
-    x: Sequence[Sentence] | Sequence[Tensor], seed: int,
+    args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence], x: Inputs, seed: int
 ) -> None:
     """Fine-tunes the parameters `tuned`; `x` is the sentences or, where θp stays, their features."""
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
@@ -148,9 +154,7 @@ def tune(
 
 
 @torch.no_grad()
-def evaluate(
-    model: Tagger, sentences: list[Sentence], x: Sequence[Sentence] | Sequence[Tensor], tag_names: list[str]
-) -> dict[str, Any]:
+def evaluate(model: Tagger, sentences: list[Sentence], x: Inputs, tag_names: list[str]) -> dict[str, Any]:
     """The `score` of the model's tags for all words of the sentences; a word that has no piece is O."""
     best = iter(model(x).argmax(dim=-1).tolist())
     gold = [[tag_names[tag] for tag in sentence.tags] for sentence in sentences]
@@ -169,20 +173,17 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     report = classification_report(
         gold, predicted, output_dict=True, mode="strict", scheme=IOB2, zero_division=0
     )
-    percent = {name: 100 * float(row["f1-score"]) for name, row in report.items()}
-    micro = report["micro avg"]
-    return {
-        "f1": percent["micro avg"], "precision": 100 * float(micro["precision"]),
-        "recall": 100 * float(micro["recall"]),
-        "types": {name: f1 for name, f1 in percent.items() if not name.endswith(" avg")},
-    }
+    f1, precision, recall = ({name: 100 * float(row[key]) for name, row in report.items()}
+                             for key in ("f1-score", "precision", "recall"))
+    micro, types = "micro avg", {name: score for name, score in f1.items() if not name.endswith(" avg")}
+    return {"f1": f1[micro], "precision": precision[micro], "recall": recall[micro], "types": types}
 
 
 def print_line(line: dict[str, Any]) -> None:
     types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
     print(f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
           f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "
-          f"({line['share']:.4%})  {line['seconds']:.1f} s")
+          f"({line['share']:.4%})  cached {line['cached_gb']:.2f} GB  {line['seconds']:.1f} s")
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:

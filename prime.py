@@ -7,7 +7,6 @@ own model, copy this file and call `prime`: it needs torch and nothing else.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -36,7 +35,8 @@ def prime(
     model: nn.Module, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
     batches: Iterable[Iterable[tuple[Batch, Batch]]], loss: Loss, optimizer: Optimizer,
     schedule: LRScheduler, *, inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False,
-    hoist: Callable[[Batch], Batch] | None = None, report: Callable[[float], None] = lambda loss: None,
+    hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
+    report: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Parameters, Parameters]:
     """Algorithm 1, with the first-order meta-gradient of §4.2. θp, θa and θh are moved in place.
 
@@ -47,8 +47,9 @@ def prime(
     loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
-    hoist: replaces the inputs of a support set by f(x; θp), which `loss` must accept in their place; ignored
-        with `maml`. For a model in which θa and θh come after all of θp, with no dropout in θp's part.
+    hoist: takes the support sets of all tasks, or the query sets, and replaces their inputs by f(x; θp), which
+        `loss` must accept in their place; ignored with `maml`. For a model in which θa and θh come after all
+        of θp, with no dropout in θp's part.
     report: is called after every meta step with its query loss, summed over the tasks.
 
     The mode of the model stays as it is: call `model.eval()` before, unless dropout is wanted. Afterwards
@@ -58,36 +59,35 @@ def prime(
     # Alg. 1, line 1: not converged as long as the caller has batches
     for tasks in batches:  # Alg. 1, line 2
         optimizer.zero_grad()
+        supports, queries = zip(*tasks)
+        if hoist and not maml:  # exact: down to line 8 nothing moves θp, so f(x; θp) stays the same ...
+            with torch.no_grad():  # ... and line 6 takes no gradient in it
+                supports = hoist(supports)
+            queries = hoist(queries)
         query_loss = 0.0
         theta_1_h = None
-        for support, query in tasks:  # Alg. 1, line 3
-            theta_i = {**theta_p, **theta_a, **theta_h}  # Alg. 1, line 4
-            if hoist and not maml:
-                with torch.no_grad():  # exact: down to line 7 nothing moves θp, so f(x; θp) stays the same
-                    support = hoist(support)
+        for support, query in zip(supports, queries):  # Alg. 1, line 3
+            theta_i = {**theta_a, **theta_h}  # Alg. 1, line 4: what moves; the model's own θp is θi_p ...
+            if maml:
+                theta_i |= theta_p  # ... except for the red line of Alg. 1, in MAML only
             for _ in range(inner_steps):  # Alg. 1, line 5
-                moving = [*theta_a, *theta_h]  # Alg. 1, line 6: θi_a and θi_h ...
-                if maml:
-                    moving += [*theta_p]  # Alg. 1, the red line: ... and θi_p, in MAML only
                 support_loss = loss(at(model, theta_i), support)
-                at_theta_i = [theta_i[name] for name in moving]
-                gradients = torch.autograd.grad(support_loss, at_theta_i, materialize_grads=True)
-                for name, gradient in zip(moving, gradients):
+                gradients = torch.autograd.grad(support_loss, list(theta_i.values()), materialize_grads=True)
+                for name, gradient in zip(theta_i, gradients):  # Alg. 1, line 6
                     # To autograd this gradient is a constant, so dθi/dθ is the identity: first order.
                     theta_i[name] = theta_i[name] - inner_lr * gradient
-            # Alg. 1, line 7: end for. What follows is line 9's, taken task by task to hold one θi at a time.
+            # Alg. 1, line 7: end for
+            query_loss = query_loss + loss(at(model, theta_i), query)
             if theta_1_h is None:
                 theta_1_h = {name: theta_i[name].detach() for name in theta_h}
-            task_loss = loss(at(model, theta_i), query)
-            task_loss.backward(inputs=outer)  # adds to .grad of θ: the sum over the tasks
-            query_loss += task_loss.item()
         # Alg. 1, line 8: end for
+        query_loss.backward(inputs=outer)
         optimizer.step()  # Alg. 1, line 9: θa and θp ...
         schedule.step()
         with torch.no_grad():
             for name, parameter in theta_h.items():
                 parameter.copy_(theta_1_h[name])  # ... and θh = θ1_h
-        report(query_loss)
+        report(query_loss.item())
     # Alg. 1, line 10: end while
     return theta_p, theta_a  # Alg. 1, line 11
 
@@ -133,29 +133,28 @@ def reading(source: str) -> Iterator[None]:
 def read_split(data: str, language: str, split: str, limit: int | None = None) -> tuple[list[Row], list[str]]:
     """The first `limit` sentences of a split ("train", "validation" or "test") and the names of the tags.
 
-    `data` is a hub name or a local folder with one folder a language, in one of three layouts: `train.txt`
-    with `token<TAB>tag` lines, the original archives' `train` with `language:` before each token, and parquet
-    as on the hub, `train-*.parquet`. Raises BadInput.
+    `data` is a hub name or a folder with one folder a language: `train.txt` of `token<TAB>tag` lines, the
+    original archives' `train` with `language:` before each token, or the hub's `train-*.parquet`.
     """
     import datasets
 
     folder, names = Path(data) / language, TAGS
-    text, archive = folder / f"{split}.txt", folder / ARCHIVE_NAMES[split]
-    if text.is_file() or archive.is_file():
-        rows = read_lines(text, "", limit) if text.is_file() else read_lines(archive, f"{language}:", limit)
+    if (folder / f"{split}.txt").is_file():
+        rows = read_lines(folder / f"{split}.txt", "", limit)
+    elif (folder / ARCHIVE_NAMES[split]).is_file():
+        rows = read_lines(folder / ARCHIVE_NAMES[split], f"{language}:", limit)
     else:
-        if parquet := sorted(folder.glob(f"{split}-*.parquet")):
-            table = datasets.Dataset.from_parquet([str(path) for path in parquet])
+        if parquet := sorted(map(str, folder.glob(f"{split}-*.parquet"))):
+            table = datasets.Dataset.from_parquet(parquet)
         elif Path(data).is_dir():
             found = " ".join(sorted(path.name for path in Path(data).iterdir() if path.is_dir()))
             raise BadInput(f"{folder}: no {split} split there; the languages of {data} are: {found}")
         else:
             table = datasets.load_dataset(data, language, split=split)
-        table = table.select(range(min(len(table), limit or len(table))))
         names = getattr(table.features["ner_tags"].feature, "names", TAGS)
-        rows = list(zip(table["tokens"], table["ner_tags"]))
+        rows = list(zip(table["tokens"][:limit], table["ner_tags"][:limit]))
     for number, (words, tags) in enumerate(rows, start=1):
-        if len(words) != len(tags) or not set(tags) <= set(range(len(names))):
+        if len(words) != len(tags) or not {*tags} <= {*range(len(names))}:
             raise BadInput(f"{folder}: row {number} of {split} has not one tag of {names} for each token")
     if not rows:
         raise BadInput(f"{folder}: the {split} split is empty")
@@ -164,25 +163,23 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
 
 def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
     """The sentences of a text file; a blank line ends one. Raises BadInput with the number of the line."""
-    rows: list[Row] = []
+    rows: list[Row] = [([], [])]
     with open(path, encoding="utf-8", newline="\n") as file:
-        lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
-        for blank, sentence in itertools.groupby(lines, key=lambda line: line[1] == ""):
-            if blank:
-                continue
-            if len(rows) == limit:
+        for number, line in enumerate(file, start=1):
+            line = line.rstrip("\r\n")
+            if not line and rows[-1][0]:
+                rows.append(([], []))
+            if len(rows) > (limit or math.inf):
                 break
-            words, tags = [], []
-            for number, line in sentence:
+            if line:
                 word, *tag = line.removeprefix(prefix).split("\t")
                 if not word or len(tag) != 1:
                     raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line!r}")
                 if tag[0] not in TAGS:
                     raise BadInput(f"{path}:{number}: tag {tag[0]!r} is none of {' '.join(TAGS)}")
-                words.append(word)
-                tags.append(TAGS.index(tag[0]))
-            rows.append((words, tags))
-    return rows
+                rows[-1][0].append(word)
+                rows[-1][1].append(TAGS.index(tag[0]))
+    return [row for row in rows if row[0]]
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sentence]:
@@ -193,17 +190,13 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
     sentences = []
     for i, (_, tags) in enumerate(rows):
-        first: dict[int, int] = {}  # word: position of its first piece
-        for position, word in enumerate(encoded.word_ids(i)):
-            if word is not None:
-                first.setdefault(word, position)
-        sentences.append(Sentence(encoded["input_ids"][i], list(first.values()), list(first), tags))
+        places = {word: place for place, word in reversed([*enumerate(encoded.word_ids(i))])}  # of first pieces
+        words = sorted(places.keys() - {None})
+        sentences.append(Sentence(encoded["input_ids"][i], [places[word] for word in words], words, tags))
     return sentences
 
 
-def load(
-    args: argparse.Namespace, tokenizer: Any, language: str, split: str
-) -> tuple[list[Sentence], list[str]]:
+def load(args: Any, tokenizer: Any, language: str, split: str) -> tuple[list[Sentence], list[str]]:
     """The sentences of a split, for training without those that have no word piece, and the tags' names."""
     with reading(f"--data {args.data}, {language} {split}"):
         rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
@@ -211,9 +204,7 @@ def load(
     return [sentence for sentence in sentences if sentence.words or split != "train"], names
 
 
-def sample_tasks(
-    corpora: Sequence[Sequence[Sentence]], args: argparse.Namespace, step: int
-) -> Iterator[tuple[list[Sentence], list[Sentence]]]:
+def sample_tasks(corpora: list[list[Sentence]], args: Any, step: int) -> Iterator[tuple[list[Sentence], ...]]:
     """The support and query sets of a meta step: disjoint random sentences of the source languages in turn.
 
     They depend on `args.seed` and `step` alone: every method draws the same sentences. FT priming takes both
@@ -244,21 +235,20 @@ def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Any], Tensor]) 
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
-    flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="sources (en es, the paper's)")
+    flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages; paper: en es")
     flag("--method", choices=["meta", "maml", "ft"], default="meta",
-         help="meta: Algorithm 1 (row 4 of Table 1, the default); maml: with its red line (row 6); ft: plain "
-         "fine-tuning of θp, θa and θh on the sentences that the tasks would have drawn (row 5)")
-    flag("--inner-steps", type=positive(int, True), default=5, help="S (%(default)s, the paper's; row 7: 1)")
-    flag("--inner-lr", type=positive(float), default=0.03, help="α of SGD (%(default)s, the paper's)")
-    flag("--outer-lr", type=positive(float), default=5e-5,
-         help="β of AdamW, falling linearly to 0 (%(default)s, the paper's)")
-    flag("--steps", type=positive(int), default=1000, help="meta steps (%(default)s; paper: not said)")
-    flag("--tasks", type=positive(int), default=2, help="tasks in a batch (%(default)s; paper: not said)")
-    flag("--support", type=positive(int), default=16, help="its size (%(default)s; paper: not said)")
-    flag("--query", type=positive(int), default=16, help="its size (%(default)s; paper: not said)")
-    flag("--bottleneck", type=positive(int), default=64, help="of the adapter (%(default)s, the paper's)")
-    flag("--seed", type=int, default=0, help="of initialisation and sampling (%(default)s)")
-    flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa* (%(default)s)")
+         help="meta: Algorithm 1 (row 4 of Table 1); maml: with its red line (row 6); ft: plain fine-tuning "
+         "of θp, θa and θh on the sentences that the tasks would have drawn (row 5)")
+    flag("--inner-steps", type=positive(int, or_zero=True), default=5, help="S; paper: 5, in row 7: 1")
+    flag("--inner-lr", type=positive(float), default=0.03, help="α of SGD; paper: 0.03")
+    flag("--outer-lr", type=positive(float), default=5e-5, help="β of AdamW, falling to 0; paper: 5e-5")
+    flag("--steps", type=positive(int), default=1000, help="meta steps; paper: not said")
+    flag("--tasks", type=positive(int), default=2, help="tasks in a batch; paper: not said")
+    flag("--support", type=positive(int), default=16, help="sentences of a task; paper: not said")
+    flag("--query", type=positive(int), default=16, help="sentences of a task; paper: not said")
+    flag("--bottleneck", type=positive(int), default=64, help="of the adapter; paper: 64")
+    flag("--seed", type=int, default=0, help="of initialisation and sampling")
+    flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
     return parser.parse_args()
 
 
@@ -277,12 +267,10 @@ def main() -> None:
             raise BadInput(f"{language}: {len(sentences)} training sentences do not fill one support and one "
                            f"query set; lower --support {args.support} or --query {args.query}")
         corpora.append(sentences)
-    model = Tagger(encoder, len(tag_names), args.bottleneck).to(args.device).eval()
+    model = Tagger(encoder, len(tag_names), args.bottleneck, args.bf16).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
-    batches = (
-        [[as_batch(part, args.device) for part in task] for task in sample_tasks(corpora, args, step)]
-        for step in range(args.steps)
-    )
+    batches = ([[as_batch(part, args.device) for part in task] for task in sample_tasks(corpora, args, step)]
+               for step in range(args.steps))
     if args.method == "ft":  # §5.2: without inner steps the meta step is plain fine-tuning on the query sets
         theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
@@ -299,8 +287,7 @@ def main() -> None:
     with whole_folder(args.output, "priming.json") as folder:
         prime(model, theta_p, theta_a, theta_h, bar, tag_loss, optimizer, schedule,
               inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
-              hoist=None if args.method == "ft" else lambda batch: (model.encode(batch[0]), batch[1]),
-              report=report)
+              hoist=model.hoist, report=report)
         record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -311,32 +298,30 @@ def main() -> None:
 
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags that prime.py and finetune.py share; a wrong one is a BadInput."""
-    parser = argparse.ArgumentParser(description=description)
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
     parser.error = refuse
-    libraries = ("torch", "transformers", "datasets", "seqeval")
-    parser.set_defaults(versions={name: metadata.version(name) for name in libraries})
+    pinned = ("torch", "transformers", "datasets", "seqeval")
+    parser.set_defaults(versions={name: metadata.version(name) for name in pinned})
     flag = parser.add_argument
     flag("--model", default="bert-base-multilingual-cased",
-         help="pretrained encoder, a hub name or a folder that AutoModel loads (%(default)s, the paper's)")
+         help="pretrained encoder: a hub name or a folder that AutoModel loads; paper: mBERT")
     flag("--data", default="unimelb-nlp/wikiann",
-         help="a hub name, or a folder with one folder per language that holds {train,validation,test}.txt, "
-         "the original archives' {train,dev,test}, or train-*.parquet and so on (%(default)s, the paper's)")
+         help="WikiAnn: a hub name, or a folder in one of the layouts that README describes")
     flag("--max-length", type=positive(int), default=128,
-         help="word pieces a sentence; words beyond count as O (%(default)s; paper: not said)")
+         help="word pieces of a sentence; words beyond count as O; paper: not said")
     flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", default=device, help="(%(default)s; cuda where there is one)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
+    flag("--bf16", action="store_true", help="run the encoder under autocast to bfloat16; paper: not said")
     return parser
 
 
 def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number over zero, or zero where that has a meaning."""
     def positive_number(text: str) -> float:
-        value = kind(text)
-        if not (0 < value < math.inf or or_zero and value == 0):
-            raise ValueError
-        return value
-
+        if 0 < kind(text) < math.inf or or_zero and kind(text) == 0:
+            return kind(text)
+        raise ValueError
     return positive_number
 
 

@@ -17,24 +17,26 @@
 | §4.3, Table 1: each setting updates its parameters and no other | test_priming_moves_exactly_theta_p_and_theta_a, test_row_updates_exactly_its_parameters, test_fine_tuning_leaves_the_rest_bit_identical |
 | §4.3: FT priming sees the data of the tasks | test_ft_priming_draws_the_sentences_of_the_tasks |
 | §5.2: without inner steps, plain fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
-| f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning |
+| f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_a_meta_step_encodes_each_set_once_whatever_the_number_of_inner_steps, test_features_are_computed_once_unless_they_exceed_the_cache, test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning |
 | README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_same_seed_same_bytes_another_seed_others |
 | README: data, scores and bad input | test_data_layouts_load_the_same_sentences, test_words_cut_off_count_as_o, test_score_equals_a_hand_count, test_bad_input_is_one_line |
 | README: prime.py needs torch alone | test_prime_imports_torch_alone |
 """
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import statistics
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,8 @@ import prime
 
 HERE = Path(__file__).parent
 DEMO = ["--model", "demo/encoder", "--data", "demo/wikiann"]
+os.chdir(HERE)
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # ---- Algorithm 1, in float64 on a model of a few dozen parameters ----
@@ -173,7 +177,7 @@ def test_without_inner_steps_the_gradient_is_that_of_fine_tuning(maml):
 
 def test_hoisting_changes_no_gradient():
     tasks, hoisted, textbook = make_tasks(2), Small(), Small()
-    meta_step(hoisted, tasks, hoist=lambda batch: (hoisted.features(batch[0]), batch[1]))
+    meta_step(hoisted, tasks, hoist=lambda sets: [(hoisted.features(x), y) for x, y in sets])
     meta_step(textbook, tasks)
     for p, q in zip(hoisted.parameters(), textbook.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
@@ -430,25 +434,95 @@ def test_ft_priming_draws_the_sentences_of_the_tasks():
         assert [([], task) for task in tasks] == list(prime.sample_tasks(corpora, ft, step))
 
 
-@pytest.mark.parametrize("architecture", ["the demo's", "XLMRoberta", "DistilBert"])
+@pytest.mark.parametrize("architecture", ["the demo's", "Roberta", "XLMRoberta", "DistilBert", "Electra", "ModernBert"])
 def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
     import transformers
 
     encoder, tokenizer, sentences = demo
     if architecture != "the demo's":
-        sizes = dict(hidden_size=16, dim=16, num_hidden_layers=2, n_layers=2, num_attention_heads=2, n_heads=2)
+        special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+        sizes = dict(**special, hidden_size=16, dim=16, num_hidden_layers=2, n_layers=2, num_attention_heads=2, n_heads=2)
         config = getattr(transformers, f"{architecture}Config")(vocab_size=len(tokenizer), intermediate_size=32,
                                                                 hidden_dim=32, **sizes)
         torch.manual_seed(0)
         encoder = transformers.AutoModel.from_config(config).double().eval()
     model = adapters.Tagger(encoder, 7).double().eval()
-    chosen = sentences[:80]
+    assert (model.first_position is None) == (architecture in ("Electra", "ModernBert"))  # these are not packed
+    chosen = [*sentences[:290], max(sentences, key=lambda sentence: len(sentence.ids))]
     alone = []
     for sentence in chosen:
         hidden = encoder(input_ids=torch.tensor([sentence.ids])).last_hidden_state[0]
         alone.append(hidden[sentence.first])
     for encoded, expected in zip(model.encode(chosen), alone, strict=True):
         torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-12)
+
+
+def test_packing_keeps_every_sentence_and_wastes_little(demo):
+    _, _, sentences = demo
+    model = adapters.Tagger(demo[0], 7)
+    lengths = [len(sentence.ids) for sentence in sentences[:256]]
+    rows = model.pack(lengths)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) == max(lengths)
+    assert sum(lengths) >= 0.95 * len(rows) * max(lengths)
+
+
+def count_encoded(model, monkeypatch):
+    """Lists the number of sentences of every pass through the encoder from now on."""
+    counts, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda sentences: counts.append(len(sentences)) or encode(sentences))
+    return counts
+
+
+@pytest.mark.parametrize("steps", [1, 50])
+def test_a_meta_step_encodes_each_set_once_whatever_the_number_of_inner_steps(steps, demo, monkeypatch):
+    encoder, _, sentences = demo
+    model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
+    args = Namespace(seed=0, tasks=3, support=5, query=6, method="meta")
+    tasks = [[prime.as_batch(part, "cpu") for part in task] for task in prime.sample_tasks([sentences], args, 0)]
+    counts = count_encoded(model, monkeypatch)
+    theta_p, theta_a, theta_h = model.sets()
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-4, 10)
+    prime.prime(model, theta_p, theta_a, theta_h, [tasks], prime.tag_loss, optimizer, schedule, inner_steps=steps,
+                hoist=model.hoist)
+    assert counts == [3 * 5, 3 * 6]
+
+
+def test_inner_steps_keep_nothing_for_the_meta_gradient():
+    """First order: what autograd keeps until the backward pass of line 9 does not grow with S."""
+    kept = {}
+    for steps in (1, 50):
+        model, alive, most = Small(), set(), [0]
+
+        class Kept:
+            def __init__(self, tensor):
+                self.tensor = tensor.detach()  # or an output would keep itself alive
+                alive.add(id(self))
+                most[0] = max(most[0], len(alive))
+
+            def __del__(self):
+                alive.discard(id(self))
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            meta_step(model, make_tasks(2), inner_steps=steps)
+        kept[steps] = most[0]
+    assert kept[1] == kept[50] > 0
+
+
+def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
+    encoder, _, sentences = demo
+    gradients = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, 8, bf16).eval()
+        kinds = set()
+        model.encoder.encoder.layer[0].attention.self.query.register_forward_hook(lambda *a: kinds.add(a[2].dtype))
+        prime.tag_loss(model, prime.as_batch(sentences[:16], "cpu")).backward()
+        assert kinds == {torch.bfloat16 if bf16 else torch.float32}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for part in model.sets() for p in part.values()]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-4 < error < 5e-2
 
 
 def padded_loss(model, sentences):
@@ -477,7 +551,7 @@ def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, subset, dem
     expected = copying_oracle(model, sets, padded_loss, tasks, 5, 0.03, maml)
     batches = [[[prime.as_batch(part, "cpu") for part in task] for task in tasks]]
     optimizer, schedule = prime.adamw([*sets[0].values(), *sets[1].values()], 1e-4, 10)
-    hoist = None if subset else lambda batch: (model.encode(batch[0]), batch[1])
+    hoist = None if subset else model.hoist
     prime.prime(model, *sets, batches, prime.tag_loss, optimizer, schedule, maml=maml, hoist=hoist)
     assert_equals_oracle(model, expected, sets[2], 1e-9)
 
@@ -505,8 +579,8 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
         assert len(modes["tasks"]) == 3 * 4 and all((s == 0) == (method == "ft") for s, _ in modes["tasks"])
     monkeypatch.setattr(finetune, "tag_loss", spy_loss)
     for tune in ("adapter", "head", "full"):
-        args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=1, batch_size=8, lr=1e-2)
-        model, tuned = finetune.start(args, demo[0].train(), 7, seed=0)
+        args = Namespace(tune=tune, init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, batch_size=8, lr=1e-2)
+        model, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), 7, seed=0)
         assert not any(module.training for module in model.double().modules())  # sentences are encoded now
         sentences = demo[2][:8]
         x = sentences if tune == "full" else [part.detach() for part in model.encode(sentences)]
@@ -616,6 +690,7 @@ def test_words_cut_off_count_as_o(demo):
     assert result["types"] == pytest.approx({"LOC": 50, "ORG": 100, "PER": 100 * 2 / 3})
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 def test_score_equals_a_hand_count():
     gold = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "O"]]
     predicted = [["B-PER", "I-PER", "O", "I-LOC"], ["B-ORG", "I-ORG"]]  # I- alone is no entity; ORG is too long
@@ -635,11 +710,18 @@ SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
 
 
 def command(script, *flags, status=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, HERE / script, *map(str, flags)]
-    done = subprocess.run(words, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+    """Runs a script as `python script flags` does, in this process: importing the libraries takes seconds."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv, sys.argv, ended = sys.argv, [script, *map(str, flags)], 0
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(str(HERE / script), run_name="__main__")
+    except SystemExit as exit:
+        ended = exit.code
+    finally:
+        sys.argv = argv
+    assert ended == status, stderr.getvalue()
+    return Namespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def tensors(folder, name="model.safetensors"):
@@ -668,8 +750,7 @@ def table(tmp_path_factory):
         done = command("finetune.py", "--tgt", "hi", *DEMO, *SMALL_TUNING, "--bottleneck", 8, *start, *outputs)
         return folder, done.stdout
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(range(1, 8), pool.map(make_row, range(1, 8))))
+    return {row: make_row(row) for row in range(1, 8)}
 
 
 def read_lines(path):
@@ -725,13 +806,29 @@ def test_row_updates_exactly_its_parameters(row, table, theta):
 @pytest.mark.parametrize("tune", ["full", "head", "adapter"])
 def test_fine_tuning_leaves_the_rest_bit_identical(tune, demo):
     encoder, _, sentences = demo
-    args = Namespace(tune=tune, init="none", bottleneck=8, device="cpu", epochs=2, batch_size=8, lr=1e-2)
-    model, tuned = finetune.start(args, encoder, 7, seed=0)
+    args = Namespace(tune=tune, init="none", bottleneck=8, bf16=False, device="cpu", epochs=2, batch_size=8, lr=1e-2)
+    model, tuned = finetune.start(args, copy.deepcopy(encoder), 7, seed=0)
     model.double()
     before = copy.deepcopy(model.state_dict())
     x = sentences[:40] if tune == "full" else [part.detach() for part in model.encode(sentences[:40])]
     finetune.tune(args, model, tuned, sentences[:40], x, seed=0)
     assert moved(model.state_dict(), before) == tuned.keys()
+
+
+def test_features_are_computed_once_unless_they_exceed_the_cache(table, tmp_path, monkeypatch, capsys):
+    encoded, encode = {}, adapters.Tagger.encode
+    monkeypatch.setattr(sys.modules["finetune"].Tagger, "encode",
+                        lambda self, x: encoded[limit].append(len(x)) or encode(self, x))
+    for limit in ("4", "0"):
+        encoded[limit] = []
+        flags = [*DEMO, *SMALL_TUNING, "--init", "none", "--cache-gb", limit, "--results", tmp_path / limit]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--tgt", "hi", "--seeds", "0", "1", *map(str, flags)])
+        finetune.main()
+    assert encoded == {"4": [30, 30], "0": 2 * [*2 * [16, 14], 30]}
+    kept, computed = (read_lines(tmp_path / limit) for limit in ("4", "0"))
+    words = sum(len(row[0]) for split in ("train", "test") for row in prime.read_split("demo/wikiann", "hi", split, 30)[0])
+    assert [line["f1"] for line in kept] == [line["f1"] for line in computed]
+    assert [line["cached_gb"] for line in kept + computed] == 2 * [words * 64 * 4 / 1e9] + 2 * [0]
 
 
 def test_results_have_every_setting_and_the_table_its_means(table):
@@ -767,7 +864,7 @@ def test_saved_pair_scores_the_same(row, table, tmp_path):
     flags = ["--limit-test", 30, "--score", folder / "tuned/hi-1", "--results", tmp_path / "again.jsonl"]
     command("finetune.py", "--tgt", "hi", "--data", tmp_path / "data", *flags)  # the training split is not read
     (again,), (_, line) = read_lines(tmp_path / "again.jsonl"), read_lines(folder / "results.jsonl")
-    free = {"seconds", "results", "save", "score", "seeds", "data", "train_sentences"}
+    free = {"cached_gb", "seconds", "results", "save", "score", "seeds", "data", "train_sentences"}
     assert {key: again[key] for key in again.keys() - free} == {key: line[key] for key in line.keys() - free}
 
 
@@ -845,6 +942,13 @@ def test_bad_lines_are_told_with_file_line_and_tag(text, told, tmp_path):
     (tmp_path / "hi/train.txt").write_text(text)
     with pytest.raises(prime.BadInput, match=re.escape(told)):
         prime.read_split(str(tmp_path), "hi", "train")
+
+
+def test_the_benchmark_runs():
+    done = command("benchmarks/step.py", "--rounds", 1)  # it compares the meta-gradients of all ways itself
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows][:3] == ["| step", "| fine-tuning step", "| fine-tuning step, padded"]
+    assert "relative difference" in done.stdout and float(rows[1][1]) == 1
 
 
 def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
