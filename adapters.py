@@ -18,13 +18,10 @@ Parameters = dict[str, nn.Parameter]  # a named part of `model.named_parameters(
 class Sentence(NamedTuple):
     """A tagged sentence in word pieces. A word that `--max-length` cuts off has a tag but no piece."""
 
-    ids: list[int]  # the encoder's input, special tokens included
-    first: list[int]  # for every word that has one, the position in `ids` of its first piece
+    x: list[int] | Tensor  # the encoder's input, special tokens included; once encoded, [words, hidden]
+    first: list[int]  # for every word that has one, the position in the input of its first piece
     words: list[int]  # ... and the number of that word in the sentence
     tags: list[int]  # the gold tag of every word, also of those cut off
-
-
-Inputs = Sequence[Sentence] | Sequence[Tensor]  # of a tagger: sentences, or what `encode` made of each
 
 
 class Adapter(nn.Module):
@@ -58,9 +55,8 @@ class Tagger(nn.Module):
         hidden = encoder.config.hidden_size
         self.encoder = encoder
         after_padding = (getattr(encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's way
-        self.first_position = {  # of a sentence; None: f takes no positions and masks from us, so we do not pack
-            "bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding,
-        }.get(encoder.config.model_type)
+        starts = {"bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding}
+        self.first_position = starts.get(encoder.config.model_type)  # None: not known, so we do not pack
         self.bf16 = bf16
         self.adapter = Adapter(hidden, bottleneck) if bottleneck else nn.Identity()
         self.head = nn.Linear(hidden, num_tags)
@@ -73,15 +69,15 @@ class Tagger(nn.Module):
         parts = ("encoder.", "adapter.", "head.")
         return tuple({n: p for n, p in theta.items() if n.startswith(part)} for part in parts)
 
-    def encode(self, sentences: Sequence[Sentence]) -> list[Tensor]:
-        """f(x; θp) of each sentence at the first piece of every word that has one, [words, hidden].
+    def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
+        """The sentences with f(x; θp) at the first piece of every word that has one in the place of x.
 
         Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps its own
         positions and attends to itself alone: the result is that of a row a sentence.
         """
         if not sentences or len(sentences) > 256:  # more would need much memory at once
             return self.encode(sentences[:256]) + self.encode(sentences[256:]) if sentences else []
-        rows = self.pack([len(sentence.ids) for sentence in sentences])
+        rows = self.pack([len(sentence.x) for sentence in sentences])
         device, dtype = self.head.weight.device, self.head.weight.dtype
 
         def grid(values: Callable[[int], Iterable[int]], padding: int = 0) -> Tensor:
@@ -89,56 +85,58 @@ class Tagger(nn.Module):
             filled = [torch.tensor([value for i in row for value in values(i)]) for row in rows]
             return nn.utils.rnn.pad_sequence(filled, batch_first=True, padding_value=padding).to(device)
 
-        ids = grid(lambda i: sentences[i].ids)
-        owner = grid(lambda i: [i] * len(sentences[i].ids), -1)
+        owner = grid(lambda i: [i] * len(sentences[i].x), -1)
         where = {"attention_mask": owner >= 0}
         if self.first_position is not None:
             others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
             where["attention_mask"] = torch.finfo(dtype).min * others.to(dtype)
-            where["position_ids"] = grid(lambda i: range(len(sentences[i].ids))) + self.first_position
+            where["position_ids"] = grid(lambda i: range(len(sentences[i].x))) + self.first_position
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.encoder(ids, **where).last_hidden_state.to(dtype)
-        first = grid(lambda i: (place in sentences[i].first for place in range(len(sentences[i].ids)))).bool()
+            hidden = self.encoder(grid(lambda i: sentences[i].x), **where).last_hidden_state.to(dtype)
+        first = grid(lambda i: [place in sentences[i].first for place in range(len(sentences[i].x))]).bool()
         order = [i for row in rows for i in row]
-        features = hidden[first].split([len(sentences[i].first) for i in order])
-        return [feature for _, feature in sorted(zip(order, features), key=lambda pair: pair[0])]
-
-    def hoist(self, sets: Sequence[tuple[Sequence[Sentence], Tensor]]) -> list[tuple[list[Tensor], Tensor]]:
-        """Sets of sentences with their tags, the sentences replaced by what one `encode` makes of them all."""
-        features = iter(self.encode([sentence for sentences, _ in sets for sentence in sentences]))
-        return [([next(features) for _ in sentences], tags) for sentences, tags in sets]
+        features = dict(zip(order, hidden[first].split([len(sentences[i].first) for i in order])))
+        return [sentence._replace(x=features[i]) for i, sentence in enumerate(sentences)]
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """Numbers of sentences in rows no longer than the longest sentence: longest first, first fit."""
+        room = max(lengths) if self.first_position is not None else 0
         rows: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fitting = (row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= max(lengths))
-            row = next(fitting, None)
-            if row and self.first_position is not None:
+            fitting = (row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room)
+            if row := next(fitting, None):
                 row.append(i)
             else:
                 rows.append([i])
         return rows
 
-    def forward(self, x: Inputs) -> Tensor:
+    def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
+        """What `encode` makes of several sets of sentences, in one go."""
+        encoded = iter(self.encode([sentence for part in sets for sentence in part]))
+        return [[next(encoded) for _ in part] for part in sets]
+
+    def forward(self, sentences: Sequence[Sentence]) -> Tensor:
         """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""
-        features = self.encode(x) if isinstance(x[0], Sentence) else x
-        return self.head(self.adapter(torch.cat(list(features))))
+        encoded = sentences if isinstance(sentences[0].x, Tensor) else self.encode(sentences)
+        return self.head(self.adapter(torch.cat([sentence.x for sentence in encoded])))
 
 
 def load_encoder(name: str, max_length: int, device: str) -> tuple[nn.Module, Any]:
     """f, in float32, and its fast tokenizer. Raises ValueError if they do not take `max_length` pieces."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(name, dtype=torch.float32).to(device)
+    if type(encoder.config) not in MODEL_FOR_MASKED_LM_MAPPING or encoder.config.is_encoder_decoder:
+        raise ValueError(f"{encoder.config.model_type} is no encoder")
     tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for words without one
+    pieces = encoder.get_input_embeddings().num_embeddings
+    if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # without its files it has no pieces
+        raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, the encoder {pieces}")
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", max_length))
     if not tokenizer.num_special_tokens_to_add() < max_length <= longest:
         raise ValueError(f"a sentence takes up to {longest} pieces, special tokens among them")
-    if not tokenizer.is_fast:
-        raise ValueError("only a fast tokenizer tells which word a piece is of")
     return encoder, tokenizer
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from adapters import Inputs, Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
+from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
 from prime import (
-    BadInput, adamw, as_batch, common_parser, load, positive, reading, run, tag_loss, whole_folder,
+    NO_SAY, BadInput, adamw, claim, common_parser, differences, load, positive, reading, run, tag_loss, whole_folder,
 )
 
 
@@ -41,8 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
     flag("--cache-gb", type=positive(float, or_zero=True), default=4.0,
          help="where θp stays, keep f(x; θp) in memory up to this size, and beyond it compute it every epoch")
-    flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
+    flag("--seeds", type=positive(int, or_zero=True), nargs="+", default=[0], help="a run for each")
     flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
+    flag("--resume", action="store_true", help="skip the runs whose line --results already has")
     flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line")
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
     flag("--score", type=Path, metavar="DIR/LANG-SEED",
@@ -60,36 +61,43 @@ def main() -> None:
     for language in args.tgt:
         train = [] if args.score else load(args, tokenizer, language, "train")[0]
         data[language] = train, *load(args, tokenizer, language, "test")
+    for folder in [args.save / f"{language}-{seed}" for language in data for seed in args.seeds if args.save]:
+        claim(folder, "tuned.json")
     args.results.parent.mkdir(parents=True, exist_ok=True)
+    with reading(f"--results {args.results}"), open(args.results, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        earlier = [json.loads(line) for line in file] if args.resume else []
     lines = []
     for language, (train, test, tag_names) in data.items():
-        x_train, x_test = train, test
         words = sum(len(sentence.words) for sentence in train + test)
-        cache_gb = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
-        if args.tune == "full" or cache_gb > args.cache_gb:
-            cache_gb = 0.0
-        for seed in args.seeds:
+        cached_gb = words * encoder.config.hidden_size * 4 / 1e9  # f(x; θp) in float32
+        if args.tune == "full" or cached_gb > args.cache_gb:
+            cached_gb = 0.0
+        for seed in dict.fromkeys(args.seeds):
+            same = [line for line in earlier if (line["target"], line["seed"]) == (language, seed)
+                    and not differences(line, vars(args))]
+            if same:
+                lines.append(same[-1])
+                continue
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(tag_names), seed)
-            if x_test is test and cache_gb:
+            if cached_gb and isinstance(test[0].x, list):
                 with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
-                    x_train, x_test = model.encode(train), model.encode(test)
+                    train, test = model.hoist([train, test])
             if args.score:
                 with reading(f"--score {args.score}"):
                     load_parameters(tuned, args.score / "tuned.safetensors")
             else:
-                tune(args, model, tuned, train, x_train, seed)
-            scores = evaluate(model, test, x_test, tag_names)
+                tune(args, model, tuned, train, seed)
             updated = sum(parameter.numel() for parameter in tuned.values())
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
-            line = {"target": language, "seed": seed, **vars(args), **scores,
+            line = {"target": language, "seed": seed, **vars(args), **evaluate(model, test, tag_names),
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
-                    "train_sentences": len(train), "test_sentences": len(test), "cached_gb": cache_gb,
+                    "train_sentences": len(train), "test_sentences": len(test), "cached_gb": cached_gb,
                     "seconds": time.perf_counter() - began}
             lines.append(line)
             print_line(line)
-            with open(args.results, "ab", buffering=0) as file:  # one write: processes may share the file
-                file.write(json.dumps(line, default=str).encode() + b"\n")
+            append(args.results, line)
             if args.save:
                 with whole_folder(args.save / f"{language}-{seed}", "tuned.json") as folder:
                     save_parameters(tuned, folder / "tuned.safetensors")
@@ -101,7 +109,7 @@ def main() -> None:
 def resolve(args: argparse.Namespace) -> None:
     """Puts into `args` the settings recorded in the folders that --score and --init name."""
     if args.score:
-        own = {"tgt", "data", "limit_test", "device", "cache_gb", "results", "save", "score", "versions"}
+        own = {*NO_SAY, "data", "limit_test", "versions"}
         with reading(f"--score {args.score}"):
             kept = json.loads((args.score / "tuned.json").read_text())
             vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])
@@ -130,33 +138,26 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
     return model, {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
 
 
-def tune(
-    args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence], x: Inputs, seed: int
-) -> None:
-    """Fine-tunes the parameters `tuned`; `x` is the sentences or, where θp stays, their features."""
-    steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
-    optimizer, schedule = adamw(tuned.values(), args.lr, steps)
+def tune(args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
+    """Fine-tunes the parameters `tuned`."""
+    orders = [random.Random(f"{seed} {epoch}").sample(sentences, len(sentences)) for epoch in range(args.epochs)]
+    batches = [order[k : k + args.batch_size] for order in orders for k in range(0, len(order), args.batch_size)]
+    optimizer, schedule = adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for what fine-tuning moves
-    with tqdm(total=steps, desc=f"fine-tuning, seed {seed}", unit="step", disable=None) as bar:
-        for epoch in range(args.epochs):
-            order = random.Random(f"{seed} {epoch}").sample(range(len(sentences)), len(sentences))
-            for begin in range(0, len(order), args.batch_size):
-                chosen = order[begin : begin + args.batch_size]
-                _, tags = as_batch([sentences[i] for i in chosen], args.device)
-                optimizer.zero_grad()
-                loss = tag_loss(model, ([x[i] for i in chosen], tags))
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                bar.update()
+    for batch in (bar := tqdm(batches, f"fine-tuning, seed {seed}", unit="step", disable=None)):
+        optimizer.zero_grad()
+        loss = tag_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
 @torch.no_grad()
-def evaluate(model: Tagger, sentences: list[Sentence], x: Inputs, tag_names: list[str]) -> dict[str, Any]:
+def evaluate(model: Tagger, sentences: list[Sentence], tag_names: list[str]) -> dict[str, Any]:
     """The `score` of the model's tags for all words of the sentences; a word that has no piece is O."""
-    best = iter(model(x).argmax(dim=-1).tolist())
+    best = iter(model(sentences).argmax(dim=-1).tolist())
     gold = [[tag_names[tag] for tag in sentence.tags] for sentence in sentences]
     predicted = [["O"] * len(sentence.tags) for sentence in sentences]
     for sentence, tags in zip(sentences, predicted):
@@ -177,6 +178,15 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
                              for key in ("f1-score", "precision", "recall"))
     micro, types = "micro avg", {name: score for name, score in f1.items() if not name.endswith(" avg")}
     return {"f1": f1[micro], "precision": precision[micro], "recall": recall[micro], "types": types}
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Adds a line in one write, so that processes may share the file, or takes back what a full disk cuts off."""
+    data = json.dumps(line, default=str).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        if (written := file.write(data)) < len(data):
+            file.truncate(file.tell() - written)
+            raise OSError(f"{path}: no space left for the line of this run")
 
 
 def print_line(line: dict[str, Any]) -> None:

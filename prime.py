@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
+import shlex
+import shutil
+import signal
 import sys
+import zlib
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -36,7 +41,7 @@ def prime(
     batches: Iterable[Iterable[tuple[Batch, Batch]]], loss: Loss, optimizer: Optimizer,
     schedule: LRScheduler, *, inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False,
     hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
-    report: Callable[[float], None] = lambda loss: None,
+    report: Callable[[list[float]], None] = lambda query_losses: None,
 ) -> tuple[Parameters, Parameters]:
     """Algorithm 1, with the first-order meta-gradient of §4.2. θp, θa and θh are moved in place.
 
@@ -50,7 +55,7 @@ def prime(
     hoist: takes the support sets of all tasks, or the query sets, and replaces their inputs by f(x; θp), which
         `loss` must accept in their place; ignored with `maml`. For a model in which θa and θh come after all
         of θp, with no dropout in θp's part.
-    report: is called after every meta step with its query loss, summed over the tasks.
+    report: is called after every meta step with the query losses of its tasks.
 
     The mode of the model stays as it is: call `model.eval()` before, unless dropout is wanted. Afterwards
     `.grad` of θp and θa holds the last meta-gradient; `.grad` of θh is untouched.
@@ -64,8 +69,7 @@ def prime(
             with torch.no_grad():  # ... and line 6 takes no gradient in it
                 supports = hoist(supports)
             queries = hoist(queries)
-        query_loss = 0.0
-        theta_1_h = None
+        query_losses, theta_1_h = [], None
         for support, query in zip(supports, queries):  # Alg. 1, line 3
             theta_i = {**theta_a, **theta_h}  # Alg. 1, line 4: what moves; the model's own θp is θi_p ...
             if maml:
@@ -77,17 +81,17 @@ def prime(
                     # To autograd this gradient is a constant, so dθi/dθ is the identity: first order.
                     theta_i[name] = theta_i[name] - inner_lr * gradient
             # Alg. 1, line 7: end for
-            query_loss = query_loss + loss(at(model, theta_i), query)
+            query_losses.append(loss(at(model, theta_i), query))
             if theta_1_h is None:
                 theta_1_h = {name: theta_i[name].detach() for name in theta_h}
         # Alg. 1, line 8: end for
-        query_loss.backward(inputs=outer)
+        sum(query_losses).backward(inputs=outer)
         optimizer.step()  # Alg. 1, line 9: θa and θp ...
         schedule.step()
         with torch.no_grad():
             for name, parameter in theta_h.items():
                 parameter.copy_(theta_1_h[name])  # ... and θh = θ1_h
-        report(query_loss.item())
+        report([query_loss.item() for query_loss in query_losses])
     # Alg. 1, line 10: end while
     return theta_p, theta_a  # Alg. 1, line 11
 
@@ -113,10 +117,6 @@ Row = tuple[list[str], list[int]]  # the words of a sentence and the numbers of 
 
 class BadInput(Exception):
     """What was wrong, where, and what to do, in one line."""
-
-
-def refuse(message: str) -> NoReturn:
-    raise BadInput(message)
 
 
 @contextmanager
@@ -158,15 +158,21 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
             raise BadInput(f"{folder}: row {number} of {split} has not one tag of {names} for each token")
     if not rows:
         raise BadInput(f"{folder}: the {split} split is empty")
+    pairs = [(names[before], names[tag]) for _, tags in rows for before, tag in zip([0, *tags], tags)]
+    if loose := sum(tag[0] == "I" and before[1:] != tag[1:] for before, tag in pairs):
+        print(f"{folder}: {loose} entities of {split} begin with I-; they stay as they are", file=sys.stderr)
     return rows, names
 
 
 def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
     """The sentences of a text file; a blank line ends one. Raises BadInput with the number of the line."""
     rows: list[Row] = [([], [])]
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.rstrip("\r\n")
+    with open(path, "rb") as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                line = data.decode().rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise BadInput(f"{path}:{number}: not UTF-8") from None
             if not line and rows[-1][0]:
                 rows.append(([], []))
             if len(rows) > (limit or math.inf):
@@ -174,9 +180,9 @@ def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
             if line:
                 word, *tag = line.removeprefix(prefix).split("\t")
                 if not word or len(tag) != 1:
-                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line!r}")
+                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line[:80]!r}")
                 if tag[0] not in TAGS:
-                    raise BadInput(f"{path}:{number}: tag {tag[0]!r} is none of {' '.join(TAGS)}")
+                    raise BadInput(f"{path}:{number}: tag {tag[0][:80]!r} is none of {' '.join(TAGS)}")
                 rows[-1][0].append(word)
                 rows[-1][1].append(TAGS.index(tag[0]))
     return [row for row in rows if row[0]]
@@ -204,29 +210,24 @@ def load(args: Any, tokenizer: Any, language: str, split: str) -> tuple[list[Sen
     return [sentence for sentence in sentences if sentence.words or split != "train"], names
 
 
-def sample_tasks(corpora: list[list[Sentence]], args: Any, step: int) -> Iterator[tuple[list[Sentence], ...]]:
+def sample_tasks(corpora: list[list[Sentence]], args: Any, step: int) -> list[tuple[list[Sentence], ...]]:
     """The support and query sets of a meta step: disjoint random sentences of the source languages in turn.
 
     They depend on `args.seed` and `step` alone: every method draws the same sentences. FT priming takes both
     sets together as the query set.
     """
     chance = random.Random(f"{args.seed} {step}")
-    for i in range(step * args.tasks, (step + 1) * args.tasks):
-        drawn = chance.sample(corpora[i % len(corpora)], args.support + args.query)
-        support = 0 if args.method == "ft" else args.support
-        yield drawn[:support], drawn[support:]
+    support = 0 if args.method == "ft" else args.support
+    languages = [i % len(corpora) for i in range(step * args.tasks, (step + 1) * args.tasks)]
+    drawn = [chance.sample(corpora[i], args.support + args.query) for i in languages]
+    return [(sentences[:support], sentences[support:]) for sentences in drawn]
 
 
-def as_batch(sentences: Sequence[Sentence], device: str) -> tuple[Sequence[Sentence], Tensor]:
-    """Sentences, and the tags of their words that have a piece: int64, [words]."""
+def tag_loss(model: Callable[..., Tensor], sentences: Sequence[Sentence]) -> Tensor:
+    """Mean cross-entropy over the words that have a piece."""
+    scores = model(sentences)
     tags = [sentence.tags[word] for sentence in sentences for word in sentence.words]
-    return sentences, torch.tensor(tags, dtype=torch.int64, device=device)
-
-
-def tag_loss(model: Callable[..., Tensor], batch: tuple[Sequence[Any], Tensor]) -> Tensor:
-    """Mean cross-entropy over words; a batch is sentences, or the features of each, and the words' tags."""
-    x, tags = batch
-    return nn.functional.cross_entropy(model(x), tags)
+    return nn.functional.cross_entropy(scores, torch.tensor(tags, device=scores.device))
 
 
 # ---- the command ----
@@ -247,7 +248,9 @@ def parse_arguments() -> argparse.Namespace:
     flag("--support", type=positive(int), default=16, help="sentences of a task; paper: not said")
     flag("--query", type=positive(int), default=16, help="sentences of a task; paper: not said")
     flag("--bottleneck", type=positive(int), default=64, help="of the adapter; paper: 64")
-    flag("--seed", type=int, default=0, help="of initialisation and sampling")
+    flag("--seed", type=positive(int, or_zero=True), default=0, help="of initialisation and sampling")
+    flag("--save-every", type=positive(int), default=100, metavar="N", help="meta steps between checkpoints")
+    flag("--resume", action="store_true", help="go on with the unfinished run in --output, if there is one")
     flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
     return parser.parse_args()
 
@@ -264,43 +267,120 @@ def main() -> None:
     for language in args.src:
         sentences, tag_names = load(args, tokenizer, language, "train")
         if len(sentences) < args.support + args.query:
-            raise BadInput(f"{language}: {len(sentences)} training sentences do not fill one support and one "
-                           f"query set; lower --support {args.support} or --query {args.query}")
+            raise BadInput(f"{language}: {len(sentences)} training sentences are too few for --support "
+                           f"{args.support} and --query {args.query}")
         corpora.append(sentences)
     model = Tagger(encoder, len(tag_names), args.bottleneck, args.bf16).to(args.device).eval()
+    args.digests = {"data": zlib.crc32(repr(corpora).encode()),
+                    "model": sum(zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters())}
     theta_p, theta_a, theta_h = model.sets()
-    batches = ([[as_batch(part, args.device) for part in task] for task in sample_tasks(corpora, args, step)]
-               for step in range(args.steps))
     if args.method == "ft":  # §5.2: without inner steps the meta step is plain fine-tuning on the query sets
         theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
-    optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
-    losses: list[float] = []
-    bar = tqdm(batches, f"priming ({args.method})", args.steps, unit="step", disable=None)
+    outer = [*theta_p.values(), *theta_a.values()]
+    optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
+    losses = resume(args, model, optimizer, schedule)
+    rank, processes = join(args, optimizer)
+    batches = (sample_tasks(corpora, args, step)[rank::processes] for step in range(len(losses), args.steps))
+    bar = tqdm(batches, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank > 0 or None)
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
 
-    def report(loss: float) -> None:
-        losses.append(loss)
-        if not math.isfinite(loss):
-            raise BadInput(f"the loss is {loss} at step {len(losses)}: lower --inner-lr or --outer-lr")
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    def report(query_losses: list[float]) -> None:
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in outer]).item()
+        if not math.isfinite(sum(query_losses) + norm):
+            tasks = range(args.tasks * len(losses), args.tasks * (len(losses) + 1))[rank::processes]
+            told = [f"{args.src[i % len(args.src)]} {loss}" for i, loss in zip(tasks, query_losses)]
+            raise BadInput(f"step {len(losses) + 1}: query losses of the tasks: {', '.join(told)}; norm of the "
+                           f"meta-gradient: {norm}; lower --inner-lr or --outer-lr")
+        for parameter in theta_h.values() if processes > 1 else ():
+            distributed.broadcast(parameter.detach(), 0)  # θ1_h: the first process has the first task
+        losses.append(sum(query_losses))
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if rank == 0 and (signals or len(losses) % args.save_every == 0):
+            save_checkpoint(args, losses, model, optimizer, schedule)
+        if signals:
+            again = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume"])])
+            raise BadInput(f"stopped after step {len(losses)} of {args.steps}; to go on: {again}")
 
-    with whole_folder(args.output, "priming.json") as folder:
+    with reading("priming"):
         prime(model, theta_p, theta_a, theta_h, bar, tag_loss, optimizer, schedule,
               inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
               hoist=model.hoist, report=report)
-        record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
-        encoder.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_parameters(theta_a, folder / "adapter.safetensors")
-        (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
-    print(f"{args.output}: θp*, θa* after {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    if rank == 0:
+        with whole_folder(args.output, "priming.json") as folder:
+            record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
+            encoder.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_parameters(theta_a, folder / "adapter.safetensors")
+            (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
+        (args.output / CHECKPOINT).unlink(missing_ok=True)
+        print(f"{args.output}: θp*, θa* after {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
+
+
+# ---- long runs ----
+
+CHECKPOINT = "checkpoint.pt"  # of an unfinished run, in its output folder
+NO_SAY = {"output", "resume", "save_every", "device", "tgt", "seeds", "results", "save", "score", "cache_gb"}
+
+
+def save_checkpoint(args: argparse.Namespace, losses: list[float], *parts: Any) -> None:
+    """Everything that the rest of a run depends on, in one file that takes its name once it is whole."""
+    state = {"settings": json.dumps(vars(args), default=str), "losses": losses,
+             "random": torch.get_rng_state(), "parts": [part.state_dict() for part in parts]}
+    with whole_folder(args.output, CHECKPOINT) as folder:
+        torch.save(state, folder / CHECKPOINT)
+
+
+def resume(args: argparse.Namespace, *parts: Any) -> list[float]:
+    """Puts what `save_checkpoint` kept back in its place; the losses so far, none if --output is new."""
+    checkpoint = args.output / CHECKPOINT
+    claim(args.output, "priming.json")
+    if not checkpoint.exists():
+        return []
+    if not args.resume:
+        raise BadInput(f"{args.output} holds an unfinished run: go on with it by --resume, or remove it")
+    with reading(f"--resume, {checkpoint}"):
+        state = torch.load(checkpoint, args.device, weights_only=True)
+        if changed := differences(json.loads(state["settings"]), vars(args)):
+            raise BadInput(f"{checkpoint} is of a run with other settings: {changed}")
+        for part, its_state in zip(parts, state["parts"]):
+            part.load_state_dict(its_state)
+        torch.set_rng_state(state["random"].cpu())
+    return state["losses"]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ between two runs, of those that have a say in what comes out."""
+    now = json.loads(json.dumps(now, default=str))
+    names = [name for name in now if name not in NO_SAY and now[name] != before.get(name)]
+    return ", ".join(f"{name} {before.get(name)}, now {now[name]}" for name in names)
+
+
+def join(args: argparse.Namespace, optimizer: Optimizer) -> tuple[int, int]:
+    """The number of this process under torchrun, and of how many; they share the sum of line 9."""
+    if not distributed.is_torchelastic_launched():
+        return 0, 1
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()
+    if (processes := distributed.get_world_size()) > args.tasks:
+        raise BadInput(f"--tasks {args.tasks} do not give each of {processes} processes one")
+
+    def share(*_: Any) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            distributed.all_reduce(parameter.grad)
+
+    optimizer.register_step_pre_hook(share)
+    return distributed.get_rank(), processes
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that prime.py and finetune.py share; a wrong one is a BadInput."""
+    """The flags that prime.py and finetune.py share."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
-    parser.error = refuse
+    parser.print_usage = lambda file=None: None  # a wrong flag too ends with one line and exit status 2
     pinned = ("torch", "transformers", "datasets", "seqeval")
     parser.set_defaults(versions={name: metadata.version(name) for name in pinned})
     flag = parser.add_argument
@@ -319,26 +399,32 @@ def common_parser(description: str) -> argparse.ArgumentParser:
 def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number over zero, or zero where that has a meaning."""
     def positive_number(text: str) -> float:
-        if 0 < kind(text) < math.inf or or_zero and kind(text) == 0:
+        if 0 < kind(text) < 2**63 or or_zero and kind(text) == 0:
             return kind(text)
         raise ValueError
     return positive_number
 
 
+def claim(folder: Path, mark: str) -> None:
+    """Makes an output folder, or takes one that `mark` or a checkpoint shows to be ours. Raises BadInput."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("partial-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    names = {path.name for path in folder.iterdir()}
+    if names and not names & {mark, CHECKPOINT}:
+        raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
+
+
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
-    """A folder that, once complete, takes its name, and the place of an earlier one with the file `mark`."""
-    folder = folder.resolve()
-    if folder.exists() and not (folder / mark).exists():
-        raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as temporary:
-        partial = Path(temporary) / "new"
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        partial.rename(folder)
+    """A place for files that go into `folder` once all are written, `mark` last: without it, it is not whole."""
+    with reading(f"writing {folder}"), TemporaryDirectory(prefix="partial-", dir=folder) as partial:
+        yield Path(partial)
+        files = sorted(Path(partial).iterdir(), key=lambda path: path.name == mark)
+        if len(files) > 1:
+            (folder / mark).unlink(missing_ok=True)
+        for path in files:
+            path.replace(folder / path.name)
 
 
 def run(main: Callable[[], None]) -> None:

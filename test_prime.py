@@ -29,13 +29,20 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
+import resource
 import runpy
+import shlex
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -431,7 +438,7 @@ def test_ft_priming_draws_the_sentences_of_the_tasks():
     ft = Namespace(**{**vars(meta), "method": "ft"})
     for step in range(5):
         tasks = [support + query for support, query in prime.sample_tasks(corpora, meta, step)]
-        assert [([], task) for task in tasks] == list(prime.sample_tasks(corpora, ft, step))
+        assert [([], task) for task in tasks] == prime.sample_tasks(corpora, ft, step)
 
 
 @pytest.mark.parametrize("architecture", ["the demo's", "Roberta", "XLMRoberta", "DistilBert", "Electra", "ModernBert"])
@@ -448,19 +455,19 @@ def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
         encoder = transformers.AutoModel.from_config(config).double().eval()
     model = adapters.Tagger(encoder, 7).double().eval()
     assert (model.first_position is None) == (architecture in ("Electra", "ModernBert"))  # these are not packed
-    chosen = [*sentences[:290], max(sentences, key=lambda sentence: len(sentence.ids))]
+    chosen = [*sentences[:290], max(sentences, key=lambda sentence: len(sentence.x))]
     alone = []
     for sentence in chosen:
-        hidden = encoder(input_ids=torch.tensor([sentence.ids])).last_hidden_state[0]
+        hidden = encoder(input_ids=torch.tensor([sentence.x])).last_hidden_state[0]
         alone.append(hidden[sentence.first])
     for encoded, expected in zip(model.encode(chosen), alone, strict=True):
-        torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(encoded.x, expected, rtol=0, atol=1e-12)
 
 
 def test_packing_keeps_every_sentence_and_wastes_little(demo):
     _, _, sentences = demo
     model = adapters.Tagger(demo[0], 7)
-    lengths = [len(sentence.ids) for sentence in sentences[:256]]
+    lengths = [len(sentence.x) for sentence in sentences[:256]]
     rows = model.pack(lengths)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert max(sum(lengths[i] for i in row) for row in rows) == max(lengths)
@@ -479,7 +486,7 @@ def test_a_meta_step_encodes_each_set_once_whatever_the_number_of_inner_steps(st
     encoder, _, sentences = demo
     model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
     args = Namespace(seed=0, tasks=3, support=5, query=6, method="meta")
-    tasks = [[prime.as_batch(part, "cpu") for part in task] for task in prime.sample_tasks([sentences], args, 0)]
+    tasks = prime.sample_tasks([sentences], args, 0)
     counts = count_encoded(model, monkeypatch)
     theta_p, theta_a, theta_h = model.sets()
     optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-4, 10)
@@ -517,7 +524,7 @@ def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
         model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, 8, bf16).eval()
         kinds = set()
         model.encoder.encoder.layer[0].attention.self.query.register_forward_hook(lambda *a: kinds.add(a[2].dtype))
-        prime.tag_loss(model, prime.as_batch(sentences[:16], "cpu")).backward()
+        prime.tag_loss(model, sentences[:16]).backward()
         assert kinds == {torch.bfloat16 if bf16 else torch.float32}
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         gradients.append(torch.cat([p.grad.flatten() for part in model.sets() for p in part.values()]))
@@ -527,13 +534,13 @@ def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
 
 def padded_loss(model, sentences):
     """Cross-entropy as token classification does it: one padded batch, −100 for all but the first pieces."""
-    length = max(len(sentence.ids) for sentence in sentences)
+    length = max(len(sentence.x) for sentence in sentences)
     ids, labels = torch.zeros(2, len(sentences), length, dtype=torch.int64)
     labels -= 100
     mask = torch.zeros(len(sentences), length, dtype=torch.int64)
     for row, sentence in enumerate(sentences):
-        ids[row, : len(sentence.ids)] = torch.tensor(sentence.ids)
-        mask[row, : len(sentence.ids)] = 1
+        ids[row, : len(sentence.x)] = torch.tensor(sentence.x)
+        mask[row, : len(sentence.x)] = 1
         labels[row, sentence.first] = torch.tensor(sentence.tags)[sentence.words]
     hidden = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return nn.functional.cross_entropy(model.head(model.adapter(hidden)).flatten(0, 1), labels.flatten())
@@ -547,12 +554,11 @@ def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, subset, dem
     model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
     sets = split_by_bias(model) if subset else model.sets()
     args = Namespace(seed=0, tasks=2, support=5, query=6, method="meta")
-    tasks = list(prime.sample_tasks([sentences], args, 0))
+    tasks = prime.sample_tasks([sentences], args, 0)
     expected = copying_oracle(model, sets, padded_loss, tasks, 5, 0.03, maml)
-    batches = [[[prime.as_batch(part, "cpu") for part in task] for task in tasks]]
     optimizer, schedule = prime.adamw([*sets[0].values(), *sets[1].values()], 1e-4, 10)
     hoist = None if subset else model.hoist
-    prime.prime(model, *sets, batches, prime.tag_loss, optimizer, schedule, maml=maml, hoist=hoist)
+    prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule, maml=maml, hoist=hoist)
     assert_equals_oracle(model, expected, sets[2], 1e-9)
 
 
@@ -562,7 +568,7 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
     def spy(model, theta_p, theta_a, theta_h, batches, *rest, **settings):
         modes["prime"] = {module.training for module in model.modules()}
         modes["settings"] = settings["maml"], settings["inner_steps"], settings["inner_lr"]
-        modes["tasks"] = [[len(tags) for _, tags in task] for tasks in batches for task in tasks]
+        modes["tasks"] = [[len(part) for part in task] for tasks in batches for task in tasks]
 
     def spy_loss(model, batch):
         modes["tune"] = {module.training for module in model.modules()}
@@ -582,9 +588,7 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
         args = Namespace(tune=tune, init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, batch_size=8, lr=1e-2)
         model, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), 7, seed=0)
         assert not any(module.training for module in model.double().modules())  # sentences are encoded now
-        sentences = demo[2][:8]
-        x = sentences if tune == "full" else [part.detach() for part in model.encode(sentences)]
-        finetune.tune(args, model, tuned, sentences, x, seed=0)
+        finetune.tune(args, model, tuned, demo[2][:8], seed=0)
         assert modes["tune"] == {tune == "full"} and not any(module.training for module in model.modules())
 
 
@@ -657,11 +661,13 @@ def test_the_first_piece_of_a_word_carries_its_tag(demo):
     _, tokenizer, _ = demo
     words = ["Zxqyvw", "in", "Qwxz"]
     (sentence,) = prime.tokenize([(words, [1, 0, 5])], tokenizer, 128)
-    pieces = tokenizer.convert_ids_to_tokens(sentence.ids)
+    pieces = tokenizer.convert_ids_to_tokens(sentence.x)
     assert len(pieces) > len(words) + 2 and sentence.words == [0, 1, 2]
     spelled = [[tokenizer.tokenize(word)[0], ids] for word, ids in zip(words, sentence.first)]
     assert all(pieces[position] == piece for piece, position in spelled)
-    assert prime.as_batch([sentence], "cpu")[1].tolist() == [1, 0, 5]
+    scores = torch.randn(3, 7)
+    expected = nn.functional.cross_entropy(scores, torch.tensor([1, 0, 5]))
+    assert torch.equal(prime.tag_loss(lambda sentences: scores, [sentence]), expected)
 
 
 class Oracle(nn.Module):
@@ -683,7 +689,7 @@ def test_words_cut_off_count_as_o(demo):
     sentences = prime.tokenize(rows, tokenizer, 7)  # with [CLS] and [SEP], five words are left: LOC(ef) loses f
     rows.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences += prime.tokenize(rows[2:], tokenizer, 7)  # PER(b) is lost
-    result = finetune.evaluate(Oracle(sentences), sentences, sentences, prime.TAGS)
+    result = finetune.evaluate(Oracle(sentences), sentences, prime.TAGS)
     # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC
     assert result["precision"] == pytest.approx(100 * 3 / 4) and result["recall"] == pytest.approx(100 * 3 / 5)
     assert result["f1"] == pytest.approx(100 * 2 * 3 / (4 + 5))
@@ -810,8 +816,7 @@ def test_fine_tuning_leaves_the_rest_bit_identical(tune, demo):
     model, tuned = finetune.start(args, copy.deepcopy(encoder), 7, seed=0)
     model.double()
     before = copy.deepcopy(model.state_dict())
-    x = sentences[:40] if tune == "full" else [part.detach() for part in model.encode(sentences[:40])]
-    finetune.tune(args, model, tuned, sentences[:40], x, seed=0)
+    finetune.tune(args, model, tuned, sentences[:40], seed=0)
     assert moved(model.state_dict(), before) == tuned.keys()
 
 
@@ -824,7 +829,7 @@ def test_features_are_computed_once_unless_they_exceed_the_cache(table, tmp_path
         flags = [*DEMO, *SMALL_TUNING, "--init", "none", "--cache-gb", limit, "--results", tmp_path / limit]
         monkeypatch.setattr(sys, "argv", ["finetune.py", "--tgt", "hi", "--seeds", "0", "1", *map(str, flags)])
         finetune.main()
-    assert encoded == {"4": [30, 30], "0": 2 * [*2 * [16, 14], 30]}
+    assert encoded == {"4": [60], "0": 2 * [*2 * [16, 14], 30]}
     kept, computed = (read_lines(tmp_path / limit) for limit in ("4", "0"))
     words = sum(len(row[0]) for split in ("train", "test") for row in prime.read_split("demo/wikiann", "hi", split, 30)[0])
     assert [line["f1"] for line in kept] == [line["f1"] for line in computed]
@@ -876,16 +881,6 @@ def test_a_saved_pair_is_held_to_its_base(table, tmp_path):
     assert "has changed since" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_output(table, tmp_path):
-    primed = shutil.copytree(table[6][0] / "primed", tmp_path / "primed")
-    before = {path.name: path.read_bytes() for path in primed.iterdir()}
-    flags = [*DEMO, *SMALL_PRIMING, "--method", "maml", "--inner-lr", "1e4", "--output", primed]
-    done = command("prime.py", *flags, status=2)
-    assert "lower --inner-lr" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert {path.name: path.read_bytes() for path in primed.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["primed"]
-
-
 def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
     def outputs(seed):
         command("prime.py", "--src", "en", "es", *DEMO, *SMALL_PRIMING, "--seed", seed, "--output", tmp_path / seed)
@@ -904,6 +899,300 @@ def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
     assert again == seed_0 != seed_1
 
 
+# ---- long runs: killed, stopped, resumed, shared ----
+
+LONG = [*DEMO, "--steps", 12, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8, "--save-every", 1]
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["finetune", "prime", "transformers.models.bert.modeling_bert", "datasets", "seqeval"])
+
+
+def child(script, flags, stderr, environment=None, fault=None):
+    """The target of a process: a script with its flags, its stderr in a file, and perhaps a fault."""
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    sys.argv, sys.stdout = [script, *map(str, flags)], open(os.devnull, "w")
+    sys.stderr = open(stderr, "w", buffering=1)
+    if fault:
+        globals()[fault]()
+    runpy.run_path(str(HERE / script), run_name="__main__")
+
+
+def begin(flags, stderr, script="prime.py", **settings):
+    process = processes.Process(target=child, args=(script, flags, stderr), kwargs=settings)
+    process.start()
+    return process
+
+
+def killed_while_a_checkpoint_is_written():
+    save = torch.save
+
+    def half(state, path):
+        save(state, path)
+        if len(state["losses"]) == 5:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+def killed_before_a_checkpoint_takes_its_place(nth=5):
+    replace, count = Path.replace, itertools.count(1)
+
+    def kill_instead(path, target):
+        if next(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = kill_instead
+
+
+def killed_after_the_first_step():
+    killed_before_a_checkpoint_takes_its_place(nth=2)
+
+
+def killed_between_the_last_files():
+    killed_before_a_checkpoint_takes_its_place(nth=12 + 3)
+
+
+def disk_full():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """The bytes of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("long") / "primed"
+    process = begin([*LONG, "--output", output], output.parent / "stderr")
+    process.join()
+    assert process.exitcode == 0 and not (output / "checkpoint.pt").exists()
+    return primed_bytes(output)
+
+
+def primed_bytes(folder):
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
+
+
+def assert_whole(output):
+    """Under its name stands a complete checkpoint, or a complete result, or nothing."""
+    if (output / "checkpoint.pt").exists():
+        losses = torch.load(output / "checkpoint.pt", weights_only=True)["losses"]
+        assert 1 <= len(losses) <= 12
+        return len(losses)
+    if (output / "priming.json").exists():
+        assert all(primed_bytes(output))
+        return 12
+    return 0
+
+
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(long_run, tmp_path):
+    chance, output, done = random.Random(0), tmp_path / "primed", []
+    for _ in range(20):
+        process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
+        time.sleep(chance.uniform(0.2, 1.2))
+        process.kill()
+        process.join()
+        done.append(assert_whole(output))
+        if done[-1] == 12:
+            assert primed_bytes(output) == long_run
+            shutil.rmtree(output)
+    assert any(0 < steps < 12 for steps in done), done
+    process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
+    process.join()
+    assert process.exitcode == 0 and primed_bytes(output) == long_run
+    assert not list(output.glob("partial-*"))
+
+
+@pytest.mark.parametrize(
+    "fault, steps",
+    [("killed_while_a_checkpoint_is_written", 4), ("killed_before_a_checkpoint_takes_its_place", 4),
+     ("killed_between_the_last_files", 12)],
+)
+def test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint(fault, steps, long_run, tmp_path):
+    output = tmp_path / "primed"
+    process = begin([*LONG, "--output", output], tmp_path / "stderr", fault=fault)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and assert_whole(output) == steps
+    assert not (output / "priming.json").exists()
+    process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
+    process.join()
+    assert process.exitcode == 0 and primed_bytes(output) == long_run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("method", ["meta", "ft"])  # with dropout, the random state counts too
+def test_a_stopped_run_tells_the_command_that_resumes_it(number, method, tmp_path):
+    flags = [*LONG, "--steps", 40, "--save-every", 1000, "--method", method, "--output"]
+    whole = begin([*flags, tmp_path / "whole"], tmp_path / "stderr")
+    whole.join()
+    process = begin([*flags, tmp_path / "primed"], tmp_path / "stopped")
+    while not (tmp_path / "primed").exists():  # made just before the first step
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.join()
+    (line,) = (tmp_path / "stopped").read_text().splitlines()
+    stopped, resuming = line.split("; to go on: ")
+    assert process.exitcode == 2 and re.fullmatch(r"prime.py: stopped after step \d+ of 40", stopped)
+    python, script, *words = shlex.split(resuming)
+    assert (python, Path(script).name) == ("python", "prime.py") and words == [*map(str, flags), str(tmp_path / "primed"), "--resume"]
+    process = begin(words, tmp_path / "stderr")
+    process.join()
+    assert process.exitcode == 0 and primed_bytes(tmp_path / "primed") == primed_bytes(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """A folder with the checkpoint of a run that was killed, and a copy of the model and the data it used."""
+    root = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(HERE / "demo/encoder", root / "encoder")
+    shutil.copytree(HERE / "demo/wikiann", root / "wikiann")
+    flags = [*LONG, "--model", root / "encoder", "--data", root / "wikiann", "--output", root / "primed"]
+    process = begin(flags, root / "stderr", fault="killed_while_a_checkpoint_is_written")
+    process.join()
+    assert assert_whole(root / "primed") == 4
+    return root, flags
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [(["--inner-lr", "0.1"], "inner_lr 0.03, now 0.1"), (["--steps", "13"], "steps 12, now 13"),
+     (["--src", "es", "en"], "src ['en', 'es'], now ['es', 'en']"), ("data", "digests {'data': "), ("model", "digests {'data': "),
+     ("no flag", "holds an unfinished run: go on with it by --resume"), ("cut", "--resume, "), ("flipped", "--resume, ")],
+)
+def test_resuming_another_run_is_refused_and_leaves_the_checkpoint(change, told, unfinished, tmp_path):
+    root, flags = unfinished
+    shutil.copytree(root, tmp_path / "copy")
+    flags = [str(flag).replace(str(root), str(tmp_path / "copy")) for flag in flags]
+    record = tmp_path / "copy/primed/checkpoint.pt"
+    state = torch.load(record, weights_only=True)
+    settings = json.loads(state["settings"])
+    settings.update(model=str(tmp_path / "copy/encoder"), data=str(tmp_path / "copy/wikiann"))
+    torch.save({**state, "settings": json.dumps(settings)}, record)
+    if change == "data":
+        path = tmp_path / "copy/wikiann/en/train.txt"
+        path.write_text(path.read_text().replace("B-LOC", "B-ORG", 1))
+    elif change == "model":
+        from safetensors.torch import save_file
+
+        weights = tensors(tmp_path / "copy/encoder")
+        weights["embeddings.word_embeddings.weight"][0, 0] += 1
+        save_file(weights, tmp_path / "copy/encoder/model.safetensors", {"format": "pt"})
+    elif change == "cut":
+        os.truncate(record, record.stat().st_size // 2)
+    elif change == "flipped":
+        record.write_bytes(b"x" + record.read_bytes()[1:])
+    elif isinstance(change, list):
+        flags += change
+    before = record.read_bytes()
+    done = command("prime.py", *flags, *([] if change == "no flag" else ["--resume"]), status=2)
+    (line,) = done.stderr.splitlines()
+    assert told in line and record.read_bytes() == before
+    assert [path.name for path in record.parent.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [(["--method", "maml", "--inner-lr", "1e4"], r"step \d+: query losses of the tasks: en \S+, es nan; norm of the meta-gradient: nan; lower --inner-lr"),
+     (["--outer-lr", "1e15"], r"step \d+: query losses of the tasks: en \S+, es \S+; norm of the meta-gradient: \S+; lower")],
+)
+def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(flags, told, tmp_path):
+    done = command("prime.py", *LONG, "--steps", 300, "--output", tmp_path / "primed", *flags, status=2)
+    (line,) = done.stderr.splitlines()
+    assert re.search(told, line), line
+    steps = int(re.search(r"step (\d+)", line)[1])
+    checkpoint = tmp_path / "primed/checkpoint.pt"
+    assert checkpoint.exists() == (steps > 1)
+    if steps > 1:
+        state = torch.load(checkpoint, weights_only=True)
+        assert len(state["losses"]) == steps - 1 and all(map(math.isfinite, state["losses"]))
+
+
+def share(count, flags, folder, fault={}):
+    """What torchrun does: starts `count` processes that find each other by their environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [begin(flags, folder / f"stderr-{rank}", fault=fault.get(rank),
+                  environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_what_one_gives(count, tmp_path):
+    flags = [*LONG, "--tasks", 4, "--output"]
+    alone = begin([*flags, tmp_path / "alone"], tmp_path / "stderr")
+    alone.join()
+    for process in share(count, [*flags, tmp_path / "shared"], tmp_path):
+        process.join()
+        assert process.exitcode == 0
+    for name in ("model.safetensors", "adapter.safetensors"):
+        one, several = tensors(tmp_path / "alone", name), tensors(tmp_path / "shared", name)
+        assert one.keys() == several.keys()
+        # In exact arithmetic the bias of the keys has no gradient: AdamW makes steps of its rounding errors.
+        compared = [key for key in one if not key.endswith("attention.self.key.bias")]
+        assert all((one[key] - several[key]).abs().max() <= 1e-6 for key in compared)
+        assert len(one) - len(compared) == (2 if name == "model.safetensors" else 0)
+
+
+@pytest.mark.parametrize("method, tolerance", [("maml", 0), ("meta", 1e-7)])
+def test_several_processes_take_theta_h_from_the_first_task(method, tolerance, tmp_path):
+    """To the bit where each task is encoded by itself; priming packs the support sets of a process together."""
+    flags = [*LONG, "--tasks", 4, "--method", method, "--output"]
+    runs = [begin([*flags, tmp_path / "1"], tmp_path / "stderr", fault="killed_after_the_first_step")]
+    for count in (2, 4):
+        runs += share(count, [*flags, tmp_path / str(count)], tmp_path, fault={0: "killed_after_the_first_step"})
+    for process in runs:
+        process.join()
+    heads = []
+    for count in (1, 2, 4):
+        state = torch.load(tmp_path / str(count) / "checkpoint.pt", weights_only=True)
+        assert len(state["losses"]) == 1
+        heads.append(torch.cat([state["parts"][0][name].flatten() for name in ("head.weight", "head.bias")]))
+    assert heads[0].any() and all((head - heads[0]).abs().max() <= tolerance for head in heads)
+
+
+def killed_in_training():
+    prime.distributed.broadcast = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
+    flags = [*LONG, "--tasks", 2, "--output", tmp_path / "shared"]
+    first, second = share(2, flags, tmp_path, fault={1: "killed_in_training"})
+    second.join()
+    first.join(20)
+    (line,) = (tmp_path / "stderr-0").read_text().splitlines()
+    assert second.exitcode == -signal.SIGKILL and first.exitcode == 2 and line.startswith("prime.py: priming: RuntimeError")
+
+
+def test_fine_tuning_resumes_by_its_results_and_never_breaks_a_line(tmp_path):
+    results = tmp_path / "results.jsonl"
+    flags = ["--tgt", "hi", "af", *DEMO, *SMALL_TUNING, "--init", "none", "--results", results]
+    both = [begin([*flags, "--seeds", *seeds], tmp_path / f"stderr-{seeds[0]}", "finetune.py") for seeds in ((0, 1), (2, 3))]
+    for process in both:
+        process.join()
+    lines = read_lines(results)
+    runs = {(line["target"], line["seed"]) for line in lines}
+    assert runs == set(itertools.product(("hi", "af"), range(4))) and len(lines) == 8
+    done = command("finetune.py", *flags, "--seeds", 0, 1, 2, 3, 4, "--resume")
+    again = read_lines(results)
+    assert again[:8] == lines and [(line["target"], line["seed"]) for line in again[8:]] == [("hi", 4), ("af", 4)]
+    assert [row.split()[-1] for row in done.stdout.splitlines()[-2:]] == ["5", "5"]  # the table has the earlier ones too
+    command("finetune.py", *flags, "--seeds", 0, "--lr", 1e-2, "--resume")
+    assert len(read_lines(results)) == 12  # other settings are another run
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path):
+    process = begin([*LONG, "--output", tmp_path / "primed"], tmp_path / "stderr", fault="disk_full")
+    process.join()
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert process.exitcode == 2 and line.startswith(f"prime.py: writing {tmp_path / 'primed'}: ")
+    assert not list((tmp_path / "primed").iterdir())
+
+
+# ---- bad input ----
+
+
 @pytest.mark.parametrize(
     "script, flags, told",
     [
@@ -911,6 +1200,14 @@ def test_same_seed_same_bytes_another_seed_others(table, tmp_path):
         ("prime.py", [*DEMO, "--support", 10_000], "en: 700 training sentences"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
+        ("prime.py", [*DEMO, "--outer-lr", "-1"], "argument --outer-lr"),
+        ("prime.py", [*DEMO, "--query", "1.5"], "argument --query"),
+        ("prime.py", [*DEMO, "--seed", str(2**63)], "argument --seed"),
+        ("prime.py", [*DEMO, "--tasks", "-2"], "argument --tasks"),
+        ("finetune.py", ["--tgt", "hi", *DEMO, "--epochs", "0"], "argument --epochs"),
+        ("finetune.py", ["--tgt", "hi", *DEMO, "--lr", "inf"], "argument --lr"),
+        ("finetune.py", ["--tgt", "hi", *DEMO, "--init", "none", "--results", "demo"], "--results demo: "),
+        ("finetune.py", ["--tgt", "hi", *DEMO, "--init", "none", "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", [*DEMO, "--max-length", 129], "ValueError: a sentence takes up to 128 pieces"),
         ("prime.py", [*DEMO, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", [*DEMO, "--output", "demo"], "demo exists and was not written by us (no priming.json)"),
@@ -934,12 +1231,16 @@ def test_bad_input_is_one_line(script, flags, told, tmp_path):
         ("a\tO\nb\n", "train.txt:2: not a token, a tab and a tag: 'b'"),
         ("a\tO\nb\tO\tO\n", "train.txt:2: not a token, a tab and a tag"),
         ("a\tO\n\nb\tB-DOG\n", "train.txt:3: tag 'B-DOG' is none of O B-PER"),
+        ("a\tO\n\tO\n", "train.txt:2: not a token, a tab and a tag: '\\tO'"),
+        ("a\tO\nb\t\n", "train.txt:2: tag '' is none of"),
         ("\n\n", "the train split is empty"),
+        ("", "the train split is empty"),
+        (b"a\tO\nb\xff\tO\n", "train.txt:2: not UTF-8"),
     ],
 )
 def test_bad_lines_are_told_with_file_line_and_tag(text, told, tmp_path):
     (tmp_path / "hi").mkdir()
-    (tmp_path / "hi/train.txt").write_text(text)
+    (tmp_path / "hi/train.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(prime.BadInput, match=re.escape(told)):
         prime.read_split(str(tmp_path), "hi", "train")
 
@@ -949,6 +1250,146 @@ def test_the_benchmark_runs():
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows][:3] == ["| step", "| fine-tuning step", "| fine-tuning step, padded"]
     assert "relative difference" in done.stdout and float(rows[1][1]) == 1
+
+
+@pytest.mark.parametrize("text", [b"a\tO\r\nb\tB-LOC\r\n\r\nc\tO\r\n", b"\n\na\tO\nb\tB-LOC\n\n\nc\tO", "a\tO\nb\tB-LOC\n\nc\tO\n".encode()])
+def test_line_ends_of_all_kinds_are_accepted(text, tmp_path):
+    (tmp_path / "hi").mkdir()
+    (tmp_path / "hi/train.txt").write_bytes(text)
+    assert prime.read_split(str(tmp_path), "hi", "train")[0] == [(["a", "b"], [0, 5]), (["c"], [0])]
+
+
+def test_an_entity_that_begins_with_i_is_kept_and_told(tmp_path, capsys):
+    (tmp_path / "hi").mkdir()
+    (tmp_path / "hi/train.txt").write_text("a\tI-LOC\nb\tI-LOC\nc\tB-PER\nd\tI-PER\ne\tI-ORG\n")
+    assert prime.read_split(str(tmp_path), "hi", "train")[0] == [(list("abcde"), [6, 6, 1, 2, 4])]
+    assert capsys.readouterr().err == f"{tmp_path}/hi: 2 entities of train begin with I-; they stay as they are\n"
+
+
+def broken_folders(tmp_path, primed):
+    """Folders with something missing or wrong: flags of finetune.py, and what it must tell."""
+    import transformers
+
+    def copied(name, source="demo/encoder", without=()):
+        return shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns(*without))
+
+    def edited(name, file, change):
+        path = copied(name, primed) / file
+        path.write_bytes(change(path.read_bytes()))
+        return path.parent
+
+    tokenizers = "tokenizer*", "vocab*", "special*"
+    yield ["--init", "none", "--model", copied("no-tokenizer", without=tokenizers)], "no-tokenizer, --max-length"
+    yield ["--init", "none", "--model", copied("no-weights", without=["*.safetensors"])], "no-weights, --max-length"
+    gpt = copied("gpt", without=["*.safetensors", "config.json"])
+    sizes = dict(vocab_size=1429, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(gpt)
+    yield ["--init", "none", "--model", gpt], "gpt2 is no encoder"
+    yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter: FileNotFoundError"
+    yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: FileNotFoundError"
+    yield ["--init", edited("cut", "adapter.safetensors", lambda data: data[:-9])], "cut: SafetensorError"
+    yield ["--init", edited("size", "priming.json", lambda data: data.replace(b'"bottleneck": 8', b'"bottleneck": 9'))], "holds other parameters"
+    yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json, which prime.py writes: JSONDecodeError"
+
+
+def test_a_broken_folder_is_told_by_name_and_nothing_is_written(table, tmp_path):
+    for flags, told in broken_folders(tmp_path, table[4][0] / "primed"):
+        results = ["--results", tmp_path / "results.jsonl"]
+        data = ["--data", "demo/wikiann", *SMALL_TUNING]
+        done = command("finetune.py", "--tgt", "hi", *data, *results, *flags, status=2)
+        line = done.stderr.splitlines()[-1]
+        assert told in line and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "results.jsonl").exists() or not (tmp_path / "results.jsonl").read_text()
+
+
+def test_missing_split_and_folder_of_others_are_told(tmp_path):
+    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=shutil.ignore_patterns("test*"))
+    flags = ["--tgt", "hi", "--model", "demo/encoder", "--init", "none", "--data", tmp_path / "data"]
+    done = command("finetune.py", *flags, "--results", tmp_path / "r", status=2)
+    assert f"{tmp_path}/data/hi: no test split there; the languages of {tmp_path}/data are: hi" in done.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    done = command("prime.py", *LONG, "--output", tmp_path / "mine", status=2)
+    assert "exists and was not written by us" in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+# ---- fuzz ----
+
+
+def mutate(data, chance):
+    """One to three of: cut, bits flipped, lines shuffled, control characters, a huge line, a part twice."""
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(data) + 1)
+        kind = chance.randrange(6)
+        if kind == 0:
+            data = data[:at]
+        elif kind == 1:
+            flipped = bytearray(data)
+            for _ in range(chance.randint(1, 8)):
+                if flipped:
+                    flipped[chance.randrange(len(flipped))] ^= 1 << chance.randrange(8)
+            data = bytes(flipped)
+        elif kind == 2:
+            lines = data.split(b"\n")
+            data = b"\n".join(chance.sample(lines, len(lines)))
+        elif kind == 3:
+            data = data[:at] + bytes(chance.choices(range(32), k=4)) + data[at:]
+        elif kind == 4:
+            data = data[:at] + chance.choice([b"x", b"\t", b" ", b"\xf0"]) * 10**chance.randint(1, 6) + data[at:]
+        else:
+            data = data[:at] + data[at // 2 :]
+    return data
+
+
+def test_the_reader_gives_what_was_written_or_one_error_for_2000_mutated_files(tmp_path):
+    chance, path, loaded = random.Random(0), tmp_path / "hi/train.txt", 0
+    path.parent.mkdir()
+    original = b"\n".join((HERE / "demo/wikiann/hi/train.txt").read_bytes().split(b"\n")[:60])
+    began, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):
+        data = mutate(original, chance)
+        path.write_bytes(data)
+        try:
+            rows, names = prime.read_split(str(tmp_path), "hi", "train")
+        except prime.BadInput as error:
+            assert len(str(error)) < 1000 and "\n" not in str(error)
+            continue
+        loaded += 1
+        text = "\n\n".join("\n".join(f"{word}\t{names[tag]}" for word, tag in zip(*row)) for row in rows)
+        lines = [line.rstrip("\r") for line in data.decode().split("\n")]
+        blocks = itertools.groupby(lines, key=lambda line: line == "")
+        assert text == "\n\n".join("\n".join(block) for blank, block in blocks if not blank)
+    assert 50 < loaded < 1950
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000  # kB
+    assert time.perf_counter() - began < 60
+
+
+@pytest.mark.parametrize("kind", ["adapter.safetensors", "checkpoint.pt"])
+def test_the_loaders_load_or_give_one_error_for_2000_mutated_files(kind, unfinished, table, tmp_path, demo):
+    chance, outcomes = random.Random(0), {True: 0, False: 0}
+    model = adapters.Tagger(copy.deepcopy(demo[0]).float(), 7, 8)
+    theta_p, theta_a, theta_h = model.sets()
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 12)
+    folder = unfinished[0] / "primed" if kind == "checkpoint.pt" else table[4][0] / "primed"
+    original = (folder / kind).read_bytes()
+    settings = json.loads(torch.load(folder / kind, weights_only=True)["settings"]) if kind == "checkpoint.pt" else {}
+    args = Namespace(**{**settings, "output": tmp_path, "resume": True, "device": "cpu"})
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):
+        (tmp_path / kind).write_bytes(mutate(original, chance))
+        try:
+            with prime.reading("fuzz"):
+                if kind == "checkpoint.pt":
+                    assert len(prime.resume(args, model, optimizer, schedule)) == 4
+                else:
+                    adapters.load_parameters(theta_a, tmp_path / kind)
+            outcomes[True] += 1
+        except prime.BadInput as error:
+            assert "\n" not in str(error) and "AssertionError" not in str(error)
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 0, outcomes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000  # kB
 
 
 def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):

@@ -42,8 +42,8 @@ class TagLoss(nn.Module):
         super().__init__()
         self.tagger = tagger
 
-    def forward(self, sentences, tags):
-        return prime.tag_loss(self.tagger, (sentences, tags))
+    def forward(self, sentences):
+        return prime.tag_loss(self.tagger, sentences)
 
 
 def higher_step(model, sets, tasks, inner_steps):
@@ -58,10 +58,10 @@ def higher_step(model, sets, tasks, inner_steps):
         inner = torch.optim.SGD(groups, lr=INNER_LR)
         with higher.innerloop_ctx(TagLoss(model), inner, track_higher_grads=False) as (copied, optimizer):
             for _ in range(inner_steps):
-                optimizer.step(copied(*support))
+                optimizer.step(copied(support))
             at_theta_i = dict(zip(names, copied.parameters()))
             outer = [at_theta_i[name] for name in (*theta_p, *theta_a)]
-            add(sets, torch.autograd.grad(copied(*query), outer))
+            add(sets, torch.autograd.grad(copied(query), outer))
 
 
 def torchopt_step(model, sets, tasks, inner_steps):
@@ -137,9 +137,8 @@ def main():
     tuning, _ = prime.adamw([*outer, *theta_h.values()], 1e-6, 10**9)
 
     def fine_tuning(tasks):
-        sentences = [sentence for _, (sentences, _) in tasks for sentence in sentences]
         tuning.zero_grad()
-        prime.tag_loss(model, prime.as_batch(sentences, args.device)).backward()
+        prime.tag_loss(model, [sentence for _, query in tasks for sentence in query]).backward()
         tuning.step()
 
     def meta(tasks, inner_steps, hoist=model.hoist):
@@ -170,8 +169,7 @@ def main():
             print(f"{name} is left out: {error}")
 
     def draw(step):
-        drawn = prime.sample_tasks(corpora, args, step)
-        return [[prime.as_batch(part, args.device) for part in task] for task in drawn]
+        return prime.sample_tasks(corpora, args, step)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -217,7 +215,7 @@ def main():
             times[name].append(timed(rows[name], tasks))
         for name, kind in kinds.items():
             adamw[name].append(timed(kind.step))
-        pieces.append([sum(len(s.ids) for task in tasks for s in task[k][0]) for k in (0, 1)])
+        pieces.append([sum(len(sentence.x) for task in tasks for sentence in task[k]) for k in (0, 1)])
     del kinds
     times, adamw = ({name: statistics.median(each[2:]) for name, each in group.items()} for group in (times, adamw))
     tasks = draw(0)
@@ -240,9 +238,9 @@ def main():
     for args.tasks in (1, 2, 4, 8):
         told = [f"{peak_of(rows[name], draw(0)):.0f} MB {name}" for name in ("meta step, S = 5", "fine-tuning step")]
         print(f"peak, {args.tasks} tasks of {args.support} + {args.query}: {', '.join(told)}")
-    sentences = [[sentence for task in draw(0) for sentence in task[k][0]] for k in (0, 1)]
+    sentences = [[sentence for task in draw(0) for sentence in task[k]] for k in (0, 1)]
     for count in (1, 2, 4, 8):  # args.tasks is 8 by now: the same sentences, as fewer and larger tasks
-        tasks = [[prime.as_batch(part[i::count], args.device) for part in sentences] for i in range(count)]
+        tasks = [[part[i::count] for part in sentences] for i in range(count)]
         print(f"peak, these sentences as {count} tasks: {peak_of(rows['meta step, S = 5'], tasks):.0f} MB meta step, S = 5")
     print_padding(model, corpora, args)
     support, query = (statistics.median(column) for column in zip(*pieces[2:]))
@@ -252,7 +250,7 @@ def main():
 
 def print_padding(model, corpora, args):
     """How many of the positions that the encoder sees are real, in a random batch as drawn and as packed."""
-    lengths = [len(sentence.ids) for corpus in corpora for sentence in corpus]
+    lengths = [len(sentence.x) for corpus in corpora for sentence in corpus]
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     for size in (16, 32, 256):
         real = padded = packed = 0
