@@ -140,15 +140,8 @@ def load_encoder(name: str, max_length: int, device: str) -> tuple[nn.Module, An
     return encoder, tokenizer
 
 
-def save_parameters(parameters: Parameters, path: Path) -> None:
-    """Writes a set of parameters as safetensors, under the names they have in the model."""
-    from safetensors.torch import save_file
-
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, path)
-
-
 def load_parameters(parameters: Parameters, path: Path) -> None:
-    """Reads what `save_parameters` wrote into `parameters`. Raises ValueError if names or shapes differ."""
+    """Reads safetensors into the parameters of the same names; with others it raises ValueError."""
     from safetensors.torch import load_file
 
     saved = load_file(path)

@@ -16,13 +16,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters, save_parameters
-from prime import (
-    NO_SAY, BadInput, adamw, claim, common_parser, differences, load, positive, reading, run, tag_loss, whole_folder,
-)
+from adapters import Parameters, Sentence, Tagger, load_encoder, load_parameters
+from prime import NO_SAY, BadInput, adamw, claim, common_parser, differences, load, positive
+from prime import reading, run, tag_loss, whole_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,24 +30,21 @@ def parse_arguments() -> argparse.Namespace:
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter",
-         help="adapter: θa and θh (rows 3 to 7 of Table 1); head: θh, without an adapter (row 2); full: θp "
-         "and θh, without an adapter (row 1)")
+         help="θa, θh (rows 3 to 7 of Table 1), or without an adapter θh (row 2) or θp, θh (row 1)")
     flag("--init", default="primed",
-         help="where θp and θa come from: a folder that prime.py wrote (rows 4 to 7; --model then has no "
-         "say), or none: θp from --model and a random θa (rows 1 to 3)")
-    flag("--bottleneck", type=positive(int), default=64, help="of a new adapter; paper: 64")
+         help="a folder that prime.py wrote (rows 4 to 7), or none: --model and a random θa (rows 1 to 3)")
+    flag("--bottleneck", type=positive(int), default=64, help="of a random θa; paper: 64")
     flag("--epochs", type=positive(int), default=10, help="paper: not said")
     flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling to 0; paper: not said")
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
-    flag("--cache-gb", type=positive(float, or_zero=True), default=4.0,
-         help="where θp stays, keep f(x; θp) in memory up to this size, and beyond it compute it every epoch")
     flag("--seeds", type=positive(int, or_zero=True), nargs="+", default=[0], help="a run for each")
     flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
-    flag("--resume", action="store_true", help="skip the runs whose line --results already has")
+    flag("--cache-gb", type=positive(float, or_zero=True), default=4.0,
+         help="memory for f(x; θp), where θp stays; what needs more is encoded in every epoch")
     flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line")
+    flag("--resume", action="store_true", help="skip the runs whose line --results already has")
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
-    flag("--score", type=Path, metavar="DIR/LANG-SEED",
-         help="score what --save kept, on the given --data, with the settings that it was tuned with")
+    flag("--score", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept, with its settings")
     return parser.parse_args()
 
 
@@ -55,7 +52,7 @@ def main() -> None:
     args = parse_arguments()
     resolve(args)
     source = args.model if args.init == "none" else args.init
-    with reading(f"{source}, --max-length {args.max_length}, --device {args.device}"):
+    with reading(f"{source} (offline: a folder), --max-length {args.max_length}, {args.device}"):
         encoder, tokenizer = load_encoder(source, args.max_length, args.device)
     data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
@@ -67,17 +64,15 @@ def main() -> None:
     with reading(f"--results {args.results}"), open(args.results, "a+", encoding="utf-8") as file:
         file.seek(0)
         earlier = [json.loads(line) for line in file] if args.resume else []
+    earlier = {(line["target"], line["seed"]): line for line in earlier if not differences(line, vars(args))}
     lines = []
     for language, (train, test, tag_names) in data.items():
         words = sum(len(sentence.words) for sentence in train + test)
-        cached_gb = words * encoder.config.hidden_size * 4 / 1e9  # f(x; θp) in float32
-        if args.tune == "full" or cached_gb > args.cache_gb:
-            cached_gb = 0.0
+        gigabytes = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
+        cached_gb = gigabytes if args.tune != "full" and gigabytes <= args.cache_gb else 0.0
         for seed in dict.fromkeys(args.seeds):
-            same = [line for line in earlier if (line["target"], line["seed"]) == (language, seed)
-                    and not differences(line, vars(args))]
-            if same:
-                lines.append(same[-1])
+            if line := earlier.get((language, seed)):
+                lines.append(line)
                 continue
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(tag_names), seed)
@@ -100,7 +95,7 @@ def main() -> None:
             append(args.results, line)
             if args.save:
                 with whole_folder(args.save / f"{language}-{seed}", "tuned.json") as folder:
-                    save_parameters(tuned, folder / "tuned.safetensors")
+                    save_file(tuned, folder / "tuned.safetensors")
                     (folder / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
     if len(lines) > 1:
         print_table(lines)
@@ -138,10 +133,12 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
     return model, {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
 
 
-def tune(args: argparse.Namespace, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
+def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
     """Fine-tunes the parameters `tuned`."""
-    orders = [random.Random(f"{seed} {epoch}").sample(sentences, len(sentences)) for epoch in range(args.epochs)]
-    batches = [order[k : k + args.batch_size] for order in orders for k in range(0, len(order), args.batch_size)]
+    size, batches = args.batch_size, []
+    for epoch in range(args.epochs):
+        order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
+        batches += [order[begin : begin + size] for begin in range(0, len(order), size)]
     optimizer, schedule = adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for what fine-tuning moves
     for batch in (bar := tqdm(batches, f"fine-tuning, seed {seed}", unit="step", disable=None)):
@@ -171,9 +168,8 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     from seqeval.metrics import classification_report
     from seqeval.scheme import IOB2
 
-    report = classification_report(
-        gold, predicted, output_dict=True, mode="strict", scheme=IOB2, zero_division=0
-    )
+    strict = dict(mode="strict", scheme=IOB2, zero_division=0, output_dict=True)
+    report = classification_report(gold, predicted, **strict)
     f1, precision, recall = ({name: 100 * float(row[key]) for name, row in report.items()}
                              for key in ("f1-score", "precision", "recall"))
     micro, types = "micro avg", {name: score for name, score in f1.items() if not name.endswith(" avg")}
@@ -181,7 +177,7 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line in one write, so that processes may share the file, or takes back what a full disk cuts off."""
+    """Adds a line in one write, for processes may share the file; what a full disk cuts off is taken back."""
     data = json.dumps(line, default=str).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         if (written := file.write(data)) < len(data):

@@ -52,9 +52,9 @@ def prime(
     loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
-    hoist: takes the support sets of all tasks, or the query sets, and replaces their inputs by f(x; θp), which
-        `loss` must accept in their place; ignored with `maml`. For a model in which θa and θh come after all
-        of θp, with no dropout in θp's part.
+    hoist: gives back the support sets, or the query sets, of all tasks with f(x; θp) in the place of x, for
+        `loss` to accept; ignored with `maml`. For a model in which θa and θh come after all of θp, with no
+        dropout in θp's part.
     report: is called after every meta step with the query losses of its tasks.
 
     The mode of the model stays as it is: call `model.eval()` before, unless dropout is wanted. Afterwards
@@ -167,24 +167,20 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
 def read_lines(path: Path, prefix: str, limit: int | None) -> list[Row]:
     """The sentences of a text file; a blank line ends one. Raises BadInput with the number of the line."""
     rows: list[Row] = [([], [])]
-    with open(path, "rb") as file:
-        for number, data in enumerate(file, start=1):
-            try:
-                line = data.decode().rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise BadInput(f"{path}:{number}: not UTF-8") from None
-            if not line and rows[-1][0]:
-                rows.append(([], []))
-            if len(rows) > (limit or math.inf):
-                break
-            if line:
-                word, *tag = line.removeprefix(prefix).split("\t")
-                if not word or len(tag) != 1:
-                    raise BadInput(f"{path}:{number}: not a token, a tab and a tag: {line[:80]!r}")
-                if tag[0] not in TAGS:
-                    raise BadInput(f"{path}:{number}: tag {tag[0][:80]!r} is none of {' '.join(TAGS)}")
-                rows[-1][0].append(word)
-                rows[-1][1].append(TAGS.index(tag[0]))
+    for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):
+        text = data.decode(errors="replace")
+        line = text.rstrip("\r").removeprefix(prefix)
+        if not line and rows[-1][0]:
+            rows.append(([], []))
+        if len(rows) > (limit or math.inf):
+            break
+        word, tab, tag = line.partition("\t")
+        if line and (not word or tag not in TAGS or text.encode() != data):
+            raise BadInput(f"{path}:{number}: {line[:80]!r} is not a token, a tab and a tag in UTF-8; "
+                           f"the tags are: {' '.join(TAGS)}")
+        if line:
+            rows[-1][0].append(word)
+            rows[-1][1].append(TAGS.index(tag))
     return [row for row in rows if row[0]]
 
 
@@ -196,15 +192,15 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
     sentences = []
     for i, (_, tags) in enumerate(rows):
-        places = {word: place for place, word in reversed([*enumerate(encoded.word_ids(i))])}  # of first pieces
-        words = sorted(places.keys() - {None})
-        sentences.append(Sentence(encoded["input_ids"][i], [places[word] for word in words], words, tags))
+        first = {word: place for place, word in reversed([*enumerate(encoded.word_ids(i))])}  # of its pieces
+        words = sorted(first.keys() - {None})
+        sentences.append(Sentence(encoded["input_ids"][i], [first[word] for word in words], words, tags))
     return sentences
 
 
 def load(args: Any, tokenizer: Any, language: str, split: str) -> tuple[list[Sentence], list[str]]:
     """The sentences of a split, for training without those that have no word piece, and the tags' names."""
-    with reading(f"--data {args.data}, {language} {split}"):
+    with reading(f"--data {args.data} (offline: a folder), {language} {split}"):
         rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
         sentences = tokenize(rows, tokenizer, args.max_length)
     return [sentence for sentence in sentences if sentence.words or split != "train"], names
@@ -257,18 +253,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from adapters import Tagger, load_encoder, save_parameters
+    from adapters import Tagger, load_encoder
+    from safetensors.torch import save_file
     from tqdm import tqdm
 
     torch.manual_seed(args.seed)
-    with reading(f"--model {args.model}, --max-length {args.max_length}, --device {args.device}"):
+    with reading(f"--model {args.model} (offline: a folder), --max-length {args.max_length}, {args.device}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length, args.device)
     corpora = []
     for language in args.src:
         sentences, tag_names = load(args, tokenizer, language, "train")
         if len(sentences) < args.support + args.query:
-            raise BadInput(f"{language}: {len(sentences)} training sentences are too few for --support "
-                           f"{args.support} and --query {args.query}")
+            raise BadInput(f"{language}: {len(sentences)} training sentences; lower --support or --query")
         corpora.append(sentences)
     model = Tagger(encoder, len(tag_names), args.bottleneck, args.bf16).to(args.device).eval()
     args.digests = {"data": zlib.crc32(repr(corpora).encode()),
@@ -292,8 +288,8 @@ def main() -> None:
         if not math.isfinite(sum(query_losses) + norm):
             tasks = range(args.tasks * len(losses), args.tasks * (len(losses) + 1))[rank::processes]
             told = [f"{args.src[i % len(args.src)]} {loss}" for i, loss in zip(tasks, query_losses)]
-            raise BadInput(f"step {len(losses) + 1}: query losses of the tasks: {', '.join(told)}; norm of the "
-                           f"meta-gradient: {norm}; lower --inner-lr or --outer-lr")
+            raise BadInput(f"step {len(losses) + 1}: query losses of the tasks: {', '.join(told)}; norm of "
+                           f"the meta-gradient: {norm}; lower --inner-lr or --outer-lr")
         for parameter in theta_h.values() if processes > 1 else ():
             distributed.broadcast(parameter.detach(), 0)  # θ1_h: the first process has the first task
         losses.append(sum(query_losses))
@@ -313,10 +309,10 @@ def main() -> None:
             record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
             encoder.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            save_parameters(theta_a, folder / "adapter.safetensors")
+            save_file(theta_a, folder / "adapter.safetensors")
             (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
         (args.output / CHECKPOINT).unlink(missing_ok=True)
-        print(f"{args.output}: θp*, θa* after {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
+        print(f"{args.output}: {args.steps} meta steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 
 # ---- long runs ----
@@ -335,9 +331,12 @@ def save_checkpoint(args: argparse.Namespace, losses: list[float], *parts: Any) 
 
 def resume(args: argparse.Namespace, *parts: Any) -> list[float]:
     """Puts what `save_checkpoint` kept back in its place; the losses so far, none if --output is new."""
-    checkpoint = args.output / CHECKPOINT
-    claim(args.output, "priming.json")
+    checkpoint, complete = args.output / CHECKPOINT, args.output / "priming.json"
+    claim(args.output, complete.name)
     if not checkpoint.exists():
+        earlier = json.loads(complete.read_text()) if args.resume and complete.exists() else {}
+        if not differences(earlier, vars(args)):
+            sys.exit(print(f"{args.output} is complete"))
         return []
     if not args.resume:
         raise BadInput(f"{args.output} holds an unfinished run: go on with it by --resume, or remove it")
@@ -366,7 +365,7 @@ def join(args: argparse.Namespace, optimizer: Optimizer) -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group()
     if (processes := distributed.get_world_size()) > args.tasks:
-        raise BadInput(f"--tasks {args.tasks} do not give each of {processes} processes one")
+        raise BadInput(f"--tasks {args.tasks} are too few for {processes} processes")
 
     def share(*_: Any) -> None:
         for parameter in optimizer.param_groups[0]["params"]:
@@ -384,12 +383,9 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     pinned = ("torch", "transformers", "datasets", "seqeval")
     parser.set_defaults(versions={name: metadata.version(name) for name in pinned})
     flag = parser.add_argument
-    flag("--model", default="bert-base-multilingual-cased",
-         help="pretrained encoder: a hub name or a folder that AutoModel loads; paper: mBERT")
-    flag("--data", default="unimelb-nlp/wikiann",
-         help="WikiAnn: a hub name, or a folder in one of the layouts that README describes")
-    flag("--max-length", type=positive(int), default=128,
-         help="word pieces of a sentence; words beyond count as O; paper: not said")
+    flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder; paper: mBERT")
+    flag("--data", default="unimelb-nlp/wikiann", help="WikiAnn on the hub or a folder, in README's layouts")
+    flag("--max-length", type=positive(int), default=128, help="word pieces of a sentence; paper: not said")
     flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
     flag("--bf16", action="store_true", help="run the encoder under autocast to bfloat16; paper: not said")
@@ -417,7 +413,7 @@ def claim(folder: Path, mark: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
-    """A place for files that go into `folder` once all are written, `mark` last: without it, it is not whole."""
+    """Takes files that go into `folder` once all are written, `mark` last: without it, it is not whole."""
     with reading(f"writing {folder}"), TemporaryDirectory(prefix="partial-", dir=folder) as partial:
         yield Path(partial)
         files = sorted(Path(partial).iterdir(), key=lambda path: path.name == mark)

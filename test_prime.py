@@ -723,7 +723,7 @@ def command(script, *flags, status=0):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             runpy.run_path(str(HERE / script), run_name="__main__")
     except SystemExit as exit:
-        ended = exit.code
+        ended = exit.code or 0
     finally:
         sys.argv = argv
     assert ended == status, stderr.getvalue()
@@ -1041,6 +1041,14 @@ def test_a_stopped_run_tells_the_command_that_resumes_it(number, method, tmp_pat
     assert process.exitcode == 0 and primed_bytes(tmp_path / "primed") == primed_bytes(tmp_path / "whole")
 
 
+def test_resuming_a_complete_run_does_nothing(table):
+    output = table[7][0] / "primed"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()}
+    flags = ["--src", "en", "es", *DEMO, *SMALL_PRIMING, *PRIMING[7], "--output", output, "--resume"]
+    assert command("prime.py", *flags).stdout == f"{output} is complete\n"
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == before
+
+
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
     """A folder with the checkpoint of a run that was killed, and a copy of the model and the data it used."""
@@ -1207,12 +1215,12 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path):
         ("finetune.py", ["--tgt", "hi", *DEMO, "--epochs", "0"], "argument --epochs"),
         ("finetune.py", ["--tgt", "hi", *DEMO, "--lr", "inf"], "argument --lr"),
         ("finetune.py", ["--tgt", "hi", *DEMO, "--init", "none", "--results", "demo"], "--results demo: "),
-        ("finetune.py", ["--tgt", "hi", *DEMO, "--init", "none", "--device", "cuda:77"], "--device cuda:77: "),
+        ("finetune.py", ["--tgt", "hi", *DEMO, "--init", "none", "--device", "cuda:77"], "--max-length 128, cuda:77: "),
         ("prime.py", [*DEMO, "--max-length", 129], "ValueError: a sentence takes up to 128 pieces"),
-        ("prime.py", [*DEMO, "--device", "cuda:77"], "--device cuda:77: "),
+        ("prime.py", [*DEMO, "--device", "cuda:77"], "--max-length 128, cuda:77: "),
         ("prime.py", [*DEMO, "--output", "demo"], "demo exists and was not written by us (no priming.json)"),
-        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where, --max-length 128, --device cpu: "),
-        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: "),
+        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline: a folder), --max-length 128, cpu: "),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where (offline: a folder), en train: "),
         ("finetune.py", ["--tgt", "hi", "--init", "no/where", *DEMO], "--init no/where, which prime.py writes: "),
         ("finetune.py", DEMO, "the following arguments are required: --tgt"),
     ],
@@ -1228,14 +1236,14 @@ def test_bad_input_is_one_line(script, flags, told, tmp_path):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("a\tO\nb\n", "train.txt:2: not a token, a tab and a tag: 'b'"),
-        ("a\tO\nb\tO\tO\n", "train.txt:2: not a token, a tab and a tag"),
-        ("a\tO\n\nb\tB-DOG\n", "train.txt:3: tag 'B-DOG' is none of O B-PER"),
-        ("a\tO\n\tO\n", "train.txt:2: not a token, a tab and a tag: '\\tO'"),
-        ("a\tO\nb\t\n", "train.txt:2: tag '' is none of"),
+        ("a\tO\nb\n", "train.txt:2: 'b' is not a token, a tab and a tag"),
+        ("a\tO\nb\tO\tO\n", "train.txt:2: 'b\\tO\\tO' is not a token, a tab and a tag"),
+        ("a\tO\n\nb\tB-DOG\n", "train.txt:3: 'b\\tB-DOG' is not a token, a tab and a tag in UTF-8; the tags are: O B-PER"),
+        ("a\tO\n\tO\n", "train.txt:2: '\\tO' is not a token, a tab and a tag"),
+        ("a\tO\nb\t\n", "train.txt:2: 'b\\t' is not a token, a tab and a tag"),
         ("\n\n", "the train split is empty"),
         ("", "the train split is empty"),
-        (b"a\tO\nb\xff\tO\n", "train.txt:2: not UTF-8"),
+        (b"a\tO\nb\xff\tO\n", "train.txt:2: 'b\ufffd\\tO' is not a token, a tab and a tag in UTF-8"),
     ],
 )
 def test_bad_lines_are_told_with_file_line_and_tag(text, told, tmp_path):
@@ -1279,8 +1287,8 @@ def broken_folders(tmp_path, primed):
         return path.parent
 
     tokenizers = "tokenizer*", "vocab*", "special*"
-    yield ["--init", "none", "--model", copied("no-tokenizer", without=tokenizers)], "no-tokenizer, --max-length"
-    yield ["--init", "none", "--model", copied("no-weights", without=["*.safetensors"])], "no-weights, --max-length"
+    yield ["--init", "none", "--model", copied("no-tokenizer", without=tokenizers)], "no-tokenizer (offline: a folder), --max-length"
+    yield ["--init", "none", "--model", copied("no-weights", without=["*.safetensors"])], "no-weights (offline: a folder), --max-length"
     gpt = copied("gpt", without=["*.safetensors", "config.json"])
     sizes = dict(vocab_size=1429, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(gpt)
