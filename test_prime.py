@@ -60,6 +60,15 @@ os.chdir(HERE)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A script that runs in this process takes SIGINT and SIGTERM for itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 # ---- Algorithm 1, in float64 on a model of a few dozen parameters ----
 
 
@@ -1010,13 +1019,20 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(long
 )
 def test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint(fault, steps, long_run, tmp_path):
     output = tmp_path / "primed"
+    earlier = begin([*LONG, "--output", output, "--seed", 1], tmp_path / "stderr")
+    earlier.join()
+    older = primed_bytes(output)
     process = begin([*LONG, "--output", output], tmp_path / "stderr", fault=fault)
     process.join()
     assert process.exitcode == -signal.SIGKILL and assert_whole(output) == steps
-    assert not (output / "priming.json").exists()
+    if steps < 12:  # the earlier output stands until the last moment ...
+        assert (output / "priming.json").exists() and primed_bytes(output) == older != long_run
+    else:  # ... and then does not pass for a whole one
+        assert not (output / "priming.json").exists()
     process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
     process.join()
     assert process.exitcode == 0 and primed_bytes(output) == long_run
+    assert not list(output.glob("partial-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1116,6 +1132,21 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(fl
         assert len(state["losses"]) == steps - 1 and all(map(math.isfinite, state["losses"]))
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypatch, tmp_path):
+    steps, loss = itertools.count(1), prime.tag_loss
+
+    def sharp(model, sentences):  # the root has an infinite slope at zero
+        scores = model(sentences)
+        return loss(lambda _: scores, sentences) + (torch.sqrt(0 * scores.sum()) if next(steps) > 24 else 0)
+
+    monkeypatch.setattr(prime, "tag_loss", sharp)
+    flags = [*LONG, "--inner-steps", 5, "--method", "ft", "--output", tmp_path / "primed"]
+    monkeypatch.setattr(sys, "argv", ["prime.py", *map(str, flags), "--steps", "100"])
+    with pytest.raises(prime.BadInput, match=r"step 13: query losses of the tasks: en \d\S+, es \d\S+; .* nan"):
+        prime.main()
+    assert len(torch.load(tmp_path / "primed/checkpoint.pt", weights_only=True)["losses"]) == 12
+
+
 def share(count, flags, folder, fault={}):
     """What torchrun does: starts `count` processes that find each other by their environment."""
     with socket.socket() as free:
@@ -1186,8 +1217,8 @@ def test_fine_tuning_resumes_by_its_results_and_never_breaks_a_line(tmp_path):
     again = read_lines(results)
     assert again[:8] == lines and [(line["target"], line["seed"]) for line in again[8:]] == [("hi", 4), ("af", 4)]
     assert [row.split()[-1] for row in done.stdout.splitlines()[-2:]] == ["5", "5"]  # the table has the earlier ones too
-    command("finetune.py", *flags, "--seeds", 0, "--lr", 1e-2, "--resume")
-    assert len(read_lines(results)) == 12  # other settings are another run
+    command("finetune.py", *flags, "--seeds", 0, 0, "--lr", 1e-2, "--resume")
+    assert len(read_lines(results)) == 12  # other settings are another run; a seed given twice is one
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path):
