@@ -75,8 +75,9 @@ class Tagger(nn.Module):
         Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps its own
         positions and attends to itself alone: the result is that of a row a sentence.
         """
-        if not sentences or len(sentences) > 256:  # more would need much memory at once
-            return self.encode(sentences[:256]) + self.encode(sentences[256:]) if sentences else []
+        if not 0 < len(sentences) <= 256:  # more would need much memory at once
+            parts = (sentences[begin : begin + 256] for begin in range(0, len(sentences), 256))
+            return [sentence for part in parts for sentence in self.encode(part)]
         rows = self.pack([len(sentence.x) for sentence in sentences])
         device, dtype = self.head.weight.device, self.head.weight.dtype
 
@@ -104,10 +105,9 @@ class Tagger(nn.Module):
         rows: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             fitting = (row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room)
-            if row := next(fitting, None):
-                row.append(i)
-            else:
-                rows.append([i])
+            if (row := next(fitting, None)) is None:
+                rows.append(row := [])
+            row.append(i)
         return rows
 
     def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:

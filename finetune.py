@@ -56,26 +56,28 @@ def main() -> None:
         encoder, tokenizer = load_encoder(source, args.max_length, args.device)
     data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
-        train = [] if args.score else load(args, tokenizer, language, "train")[0]
-        data[language] = train, *load(args, tokenizer, language, "test")
+        train = [] if args.score else load(args, tokenizer, language, "train")
+        data[language] = train, load(args, tokenizer, language, "test")
     for folder in [args.save / f"{language}-{seed}" for language in data for seed in args.seeds if args.save]:
         claim(folder, "tuned.json")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with reading(f"--results {args.results}"), open(args.results, "a+", encoding="utf-8") as file:
         file.seek(0)
         earlier = [json.loads(line) for line in file] if args.resume else []
-    earlier = {(line["target"], line["seed"]): line for line in earlier if not differences(line, vars(args))}
+        same = [line for line in earlier if not differences(line, vars(args))]
+        earlier = {(line["target"], line["seed"]): line for line in same}
     lines = []
-    for language, (train, test, tag_names) in data.items():
+    for language, (train, test) in data.items():
         words = sum(len(sentence.words) for sentence in train + test)
         gigabytes = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
         cached_gb = gigabytes if args.tune != "full" and gigabytes <= args.cache_gb else 0.0
         for seed in dict.fromkeys(args.seeds):
-            if line := earlier.get((language, seed)):
-                lines.append(line)
+            folder = args.save and args.save / f"{language}-{seed}"
+            if (language, seed) in earlier and (not folder or (folder / "tuned.json").exists()):
+                lines.append(earlier[language, seed])
                 continue
             began = time.perf_counter()
-            model, tuned = start(args, encoder, len(tag_names), seed)
+            model, tuned = start(args, encoder, len(args.tags), seed)
             if cached_gb and isinstance(test[0].x, list):
                 with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
                     train, test = model.hoist([train, test])
@@ -86,34 +88,34 @@ def main() -> None:
                 tune(args, model, tuned, train, seed)
             updated = sum(parameter.numel() for parameter in tuned.values())
             parameters = sum(parameter.numel() for part in model.sets() for parameter in part.values())
-            line = {"target": language, "seed": seed, **vars(args), **evaluate(model, test, tag_names),
+            line = {"target": language, "seed": seed, **vars(args), **evaluate(model, test, args.tags),
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test), "cached_gb": cached_gb,
                     "seconds": time.perf_counter() - began}
             lines.append(line)
             print_line(line)
+            if folder:
+                with whole_folder(folder, "tuned.json") as new:
+                    save_file(tuned, new / "tuned.safetensors")
+                    (new / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
             append(args.results, line)
-            if args.save:
-                with whole_folder(args.save / f"{language}-{seed}", "tuned.json") as folder:
-                    save_file(tuned, folder / "tuned.safetensors")
-                    (folder / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
     if len(lines) > 1:
         print_table(lines)
 
 
 def resolve(args: argparse.Namespace) -> None:
     """Puts into `args` the settings recorded in the folders that --score and --init name."""
+    kept, args.priming = {}, None
     if args.score:
-        own = {*NO_SAY, "data", "limit_test", "versions"}
+        own = {*NO_SAY, "score", "data", "limit_test", "versions", "priming"}
         with reading(f"--score {args.score}"):
             kept = json.loads((args.score / "tuned.json").read_text())
             vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])
-    args.priming = None
     if args.init != "none":
         with reading(f"--init {args.init}, which prime.py writes"):
             args.priming = json.loads((Path(args.init) / "priming.json").read_text())
             args.model, args.bottleneck = args.priming["model"], args.priming["bottleneck"]
-    if args.score and kept["priming"] != args.priming:
+    if args.score and kept.get("priming") != args.priming:
         raise BadInput(f"{args.init} has changed since --score {args.score} was tuned on it: prime it again")
 
 
@@ -123,7 +125,8 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
     if args.tune == "full":
         encoder = copy.deepcopy(encoder)  # the next run starts from the same one
     bottleneck = args.bottleneck if args.tune == "adapter" else 0
-    model = Tagger(encoder, tags, bottleneck, args.bf16).to(args.device).eval()
+    with reading(f"--bottleneck {bottleneck}, {args.device}"):
+        model = Tagger(encoder, tags, bottleneck, args.bf16).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
     for parameter in theta_p.values():
         parameter.requires_grad_(args.tune == "full")
@@ -148,6 +151,8 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if not loss.isfinite():
+            raise BadInput(f"fine-tuning, seed {seed}: the loss is {loss.item()}; lower --lr")
     model.eval()
 
 

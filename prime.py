@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import shlex
 import shutil
@@ -70,7 +69,7 @@ def prime(
                 supports = hoist(supports)
             queries = hoist(queries)
         query_losses, theta_1_h = [], None
-        for support, query in zip(supports, queries):  # Alg. 1, line 3
+        for support, query in zip(supports, queries, strict=True):  # Alg. 1, line 3
             theta_i = {**theta_a, **theta_h}  # Alg. 1, line 4: what moves; the model's own θp is θi_p ...
             if maml:
                 theta_i |= theta_p  # ... except for the red line of Alg. 1, in MAML only
@@ -138,6 +137,8 @@ def read_split(data: str, language: str, split: str, limit: int | None = None) -
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     folder, names = Path(data) / language, TAGS
     if (folder / f"{split}.txt").is_file():
         rows = read_lines(folder / f"{split}.txt", "", limit)
@@ -198,12 +199,16 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
     return sentences
 
 
-def load(args: Any, tokenizer: Any, language: str, split: str) -> tuple[list[Sentence], list[str]]:
-    """The sentences of a split, for training without those that have no word piece, and the tags' names."""
+def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) -> list[Sentence]:
+    """The sentences of a split, for training those that have a word piece; `args.tags` names their tags."""
     with reading(f"--data {args.data} (offline: a folder), {language} {split}"):
         rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
+        if names != vars(args).setdefault("tags", names):
+            raise BadInput(f"{args.data}, {language} {split}: the tags are {names}, elsewhere {args.tags}")
         sentences = tokenize(rows, tokenizer, args.max_length)
-    return [sentence for sentence in sentences if sentence.words or split != "train"], names
+        if split == "train" and not (sentences := [sentence for sentence in sentences if sentence.words]):
+            raise BadInput(f"{args.data}, {language} {split}: no word has a word piece")
+    return sentences
 
 
 def sample_tasks(corpora: list[list[Sentence]], args: Any, step: int) -> list[tuple[list[Sentence], ...]]:
@@ -257,18 +262,19 @@ def main() -> None:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    rank, processes = join(args)
     torch.manual_seed(args.seed)
     with reading(f"--model {args.model} (offline: a folder), --max-length {args.max_length}, {args.device}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length, args.device)
     corpora = []
     for language in args.src:
-        sentences, tag_names = load(args, tokenizer, language, "train")
-        if len(sentences) < args.support + args.query:
-            raise BadInput(f"{language}: {len(sentences)} training sentences; lower --support or --query")
-        corpora.append(sentences)
-    model = Tagger(encoder, len(tag_names), args.bottleneck, args.bf16).to(args.device).eval()
-    args.digests = {"data": zlib.crc32(repr(corpora).encode()),
-                    "model": sum(zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters())}
+        corpora.append(load(args, tokenizer, language, "train"))
+        if len(corpora[-1]) < args.support + args.query:
+            raise BadInput(f"{language}: {len(corpora[-1])} training sentences; lower --support or --query")
+    args.data_checksum = zlib.crc32(repr(corpora).encode())
+    args.weights_checksum = sum(zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters())
+    with reading(f"--bottleneck {args.bottleneck}, {args.device}"):
+        model = Tagger(encoder, len(args.tags), args.bottleneck, args.bf16).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
     if args.method == "ft":  # §5.2: without inner steps the meta step is plain fine-tuning on the query sets
         theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
@@ -276,29 +282,45 @@ def main() -> None:
     outer = [*theta_p.values(), *theta_a.values()]
     optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
     losses = resume(args, model, optimizer, schedule)
-    rank, processes = join(args, optimizer)
-    batches = (sample_tasks(corpora, args, step)[rank::processes] for step in range(len(losses), args.steps))
-    bar = tqdm(batches, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank > 0 or None)
-    signals: list[int] = []
+
+    def sum_over_processes(*_: Any) -> None:
+        for parameter in outer if processes > 1 else ():
+            if parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+
+    optimizer.register_step_pre_hook(sum_over_processes)  # line 9: over the tasks of all
+    signals = torch.zeros(1, device=args.device)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, lambda *_: signals.fill_(1))
+
+    def batches() -> Iterator[list[tuple[list[Sentence], ...]]]:
+        for step in range(len(losses), args.steps):
+            torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))  # for dropout
+            yield sample_tasks(corpora, args, step)[rank::processes]
+
+    bar = tqdm(batches(), f"priming ({args.method})", args.steps, initial=len(losses), disable=rank or None)
 
     def report(query_losses: list[float]) -> None:
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in outer]).item()
+        gradients = [parameter.grad for parameter in outer if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(sum(query_losses) + norm):
             tasks = range(args.tasks * len(losses), args.tasks * (len(losses) + 1))[rank::processes]
             told = [f"{args.src[i % len(args.src)]} {loss}" for i, loss in zip(tasks, query_losses)]
             raise BadInput(f"step {len(losses) + 1}: query losses of the tasks: {', '.join(told)}; norm of "
                            f"the meta-gradient: {norm}; lower --inner-lr or --outer-lr")
-        for parameter in theta_h.values() if processes > 1 else ():
-            distributed.broadcast(parameter.detach(), 0)  # θ1_h: the first process has the first task
+        stopped = signals.clone()
+        if processes > 1:
+            distributed.all_reduce(stopped)  # all stop after the same step
+            for parameter in theta_h.values():
+                distributed.broadcast(parameter.detach(), 0)  # θ1_h: the first process has the first task
         losses.append(sum(query_losses))
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        if rank == 0 and (signals or len(losses) % args.save_every == 0):
+        if rank == 0 and (stopped or len(losses) % args.save_every == 0):
             save_checkpoint(args, losses, model, optimizer, schedule)
-        if signals:
-            again = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume"])])
-            raise BadInput(f"stopped after step {len(losses)} of {args.steps}; to go on: {again}")
+        if stopped:
+            launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+            again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
+            raise BadInput(f"stopped after step {len(losses)} of {args.steps}; to go on: {launcher} {again}")
 
     with reading("priming"):
         prime(model, theta_p, theta_a, theta_h, bar, tag_loss, optimizer, schedule,
@@ -306,7 +328,7 @@ def main() -> None:
               hoist=model.hoist, report=report)
     if rank == 0:
         with whole_folder(args.output, "priming.json") as folder:
-            record = {**vars(args), "tags": tag_names, "last_losses": losses[-10:]}
+            record = {**vars(args), "last_losses": losses[-10:]}
             encoder.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             save_file(theta_a, folder / "adapter.safetensors")
@@ -318,36 +340,34 @@ def main() -> None:
 # ---- long runs ----
 
 CHECKPOINT = "checkpoint.pt"  # of an unfinished run, in its output folder
-NO_SAY = {"output", "resume", "save_every", "device", "tgt", "seeds", "results", "save", "score", "cache_gb"}
+NO_SAY = {"output", "resume", "save_every", "device", "tgt", "seeds", "results", "save", "cache_gb"}
 
 
 def save_checkpoint(args: argparse.Namespace, losses: list[float], *parts: Any) -> None:
     """Everything that the rest of a run depends on, in one file that takes its name once it is whole."""
-    state = {"settings": json.dumps(vars(args), default=str), "losses": losses,
-             "random": torch.get_rng_state(), "parts": [part.state_dict() for part in parts]}
+    states = [part.state_dict() for part in parts]
     with whole_folder(args.output, CHECKPOINT) as folder:
-        torch.save(state, folder / CHECKPOINT)
+        settings = json.dumps(vars(args), default=str)
+        torch.save({"settings": settings, "losses": losses, "states": states}, folder / CHECKPOINT)
 
 
 def resume(args: argparse.Namespace, *parts: Any) -> list[float]:
     """Puts what `save_checkpoint` kept back in its place; the losses so far, none if --output is new."""
     checkpoint, complete = args.output / CHECKPOINT, args.output / "priming.json"
     claim(args.output, complete.name)
-    if not checkpoint.exists():
-        earlier = json.loads(complete.read_text()) if args.resume and complete.exists() else {}
-        if not differences(earlier, vars(args)):
-            sys.exit(print(f"{args.output} is complete"))
-        return []
-    if not args.resume:
+    if checkpoint.exists() and not args.resume:
         raise BadInput(f"{args.output} holds an unfinished run: go on with it by --resume, or remove it")
-    with reading(f"--resume, {checkpoint}"):
-        state = torch.load(checkpoint, args.device, weights_only=True)
-        if changed := differences(json.loads(state["settings"]), vars(args)):
-            raise BadInput(f"{checkpoint} is of a run with other settings: {changed}")
-        for part, its_state in zip(parts, state["parts"]):
-            part.load_state_dict(its_state)
-        torch.set_rng_state(state["random"].cpu())
-    return state["losses"]
+    if not args.resume or not (checkpoint.exists() or complete.exists()):
+        return []
+    with reading(f"--resume, {args.output}"):
+        kept = torch.load(checkpoint, args.device, weights_only=True) if checkpoint.exists() else {}
+        if changed := differences(json.loads(kept.get("settings") or complete.read_text()), vars(args)):
+            raise BadInput(f"--resume: {args.output} is of a run with other settings: {changed}")
+        for part, state in zip(parts, kept.get("states", ())):
+            part.load_state_dict(state)
+    if not kept:
+        sys.exit(print(f"{args.output} is complete"))
+    return kept["losses"]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -357,21 +377,16 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)}, now {now[name]}" for name in names)
 
 
-def join(args: argparse.Namespace, optimizer: Optimizer) -> tuple[int, int]:
-    """The number of this process under torchrun, and of how many; they share the sum of line 9."""
+def join(args: argparse.Namespace) -> tuple[int, int]:
+    """The number of this process under torchrun, and of how many; each takes some tasks of every batch."""
     if not distributed.is_torchelastic_launched():
         return 0, 1
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{distributed.get_node_local_rank()}"
+        torch.cuda.set_device(args.device)
     distributed.init_process_group()
     if (processes := distributed.get_world_size()) > args.tasks:
         raise BadInput(f"--tasks {args.tasks} are too few for {processes} processes")
-
-    def share(*_: Any) -> None:
-        for parameter in optimizer.param_groups[0]["params"]:
-            distributed.all_reduce(parameter.grad)
-
-    optimizer.register_step_pre_hook(share)
     return distributed.get_rank(), processes
 
 
@@ -404,17 +419,18 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], float]:
 def claim(folder: Path, mark: str) -> None:
     """Makes an output folder, or takes one that `mark` or a checkpoint shows to be ours. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("partial-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    left = [*folder.glob(".writing-*")]  # by a process that was killed
     names = {path.name for path in folder.iterdir()}
-    if names and not names & {mark, CHECKPOINT}:
+    if names and not left and not names & {mark, CHECKPOINT}:
         raise BadInput(f"{folder} exists and was not written by us (no {mark}): name another folder")
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     """Takes files that go into `folder` once all are written, `mark` last: without it, it is not whole."""
-    with reading(f"writing {folder}"), TemporaryDirectory(prefix="partial-", dir=folder) as partial:
+    with reading(f"writing {folder}"), TemporaryDirectory(prefix=".writing-", dir=folder) as partial:
         yield Path(partial)
         files = sorted(Path(partial).iterdir(), key=lambda path: path.name == mark)
         if len(files) > 1:
@@ -427,8 +443,8 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command; bad input ends it with one line on stderr and exit status 2."""
     try:
         main()
-    except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (BadInput, OSError, KeyboardInterrupt) as error:
+        print(f"{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
 
 

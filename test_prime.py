@@ -982,34 +982,37 @@ def primed_bytes(folder):
     return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
 
 
-def assert_whole(output):
-    """Under its name stands a complete checkpoint, or a complete result, or nothing."""
+def assert_whole(output, steps=12):
+    """Under its name stands a complete checkpoint, or a complete result, or nothing; the number of steps done."""
     if (output / "checkpoint.pt").exists():
         losses = torch.load(output / "checkpoint.pt", weights_only=True)["losses"]
-        assert 1 <= len(losses) <= 12
+        assert 1 <= len(losses) <= steps
         return len(losses)
     if (output / "priming.json").exists():
         assert all(primed_bytes(output))
-        return 12
+        return steps
     return 0
 
 
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(long_run, tmp_path):
-    chance, output, done = random.Random(0), tmp_path / "primed", []
+    flags, chance, done = [*LONG, "--steps", 40, "--resume", "--output"], random.Random(0), []
+    began = time.perf_counter()  # processes start fast, for `long_run` has started their server
+    begin([*flags, tmp_path / "whole"], tmp_path / "stderr").join()
+    seconds, whole, output = time.perf_counter() - began, primed_bytes(tmp_path / "whole"), tmp_path / "primed"
     for _ in range(20):
-        process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
-        time.sleep(chance.uniform(0.2, 1.2))
+        process = begin([*flags, output], tmp_path / "stderr")
+        time.sleep(chance.uniform(0, seconds))
         process.kill()
         process.join()
-        done.append(assert_whole(output))
-        if done[-1] == 12:
-            assert primed_bytes(output) == long_run
+        done.append(assert_whole(output, 40))
+        if done[-1] == 40:
+            assert not (output / "priming.json").exists() or primed_bytes(output) == whole
             shutil.rmtree(output)
-    assert any(0 < steps < 12 for steps in done), done
-    process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
+    assert any(0 < steps < 40 for steps in done), done
+    process = begin([*flags, output], tmp_path / "stderr")
     process.join()
-    assert process.exitcode == 0 and primed_bytes(output) == long_run
-    assert not list(output.glob("partial-*"))
+    assert process.exitcode == 0 and primed_bytes(output) == whole
+    assert not list(output.glob(".writing-*"))
 
 
 @pytest.mark.parametrize(
@@ -1032,7 +1035,7 @@ def test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint(fault, steps, long
     process = begin([*LONG, "--output", output, "--resume"], tmp_path / "stderr")
     process.join()
     assert process.exitcode == 0 and primed_bytes(output) == long_run
-    assert not list(output.glob("partial-*"))
+    assert not list(output.glob(".writing-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1062,6 +1065,7 @@ def test_resuming_a_complete_run_does_nothing(table):
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()}
     flags = ["--src", "en", "es", *DEMO, *SMALL_PRIMING, *PRIMING[7], "--output", output, "--resume"]
     assert command("prime.py", *flags).stdout == f"{output} is complete\n"
+    assert "seed 0, now 3" in command("prime.py", *flags, "--seed", 3, status=2).stderr
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == before
 
 
@@ -1081,7 +1085,7 @@ def unfinished(tmp_path_factory):
 @pytest.mark.parametrize(
     "change, told",
     [(["--inner-lr", "0.1"], "inner_lr 0.03, now 0.1"), (["--steps", "13"], "steps 12, now 13"),
-     (["--src", "es", "en"], "src ['en', 'es'], now ['es', 'en']"), ("data", "digests {'data': "), ("model", "digests {'data': "),
+     (["--src", "es", "en"], "src ['en', 'es'], now ['es', 'en']"), ("data", "data_checksum"), ("model", "weights_checksum"),
      ("no flag", "holds an unfinished run: go on with it by --resume"), ("cut", "--resume, "), ("flipped", "--resume, ")],
 )
 def test_resuming_another_run_is_refused_and_leaves_the_checkpoint(change, told, unfinished, tmp_path):
@@ -1187,7 +1191,7 @@ def test_several_processes_take_theta_h_from_the_first_task(method, tolerance, t
     for count in (1, 2, 4):
         state = torch.load(tmp_path / str(count) / "checkpoint.pt", weights_only=True)
         assert len(state["losses"]) == 1
-        heads.append(torch.cat([state["parts"][0][name].flatten() for name in ("head.weight", "head.bias")]))
+        heads.append(torch.cat([state["states"][0][name].flatten() for name in ("head.weight", "head.bias")]))
     assert heads[0].any() and all((head - heads[0]).abs().max() <= tolerance for head in heads)
 
 
@@ -1219,6 +1223,28 @@ def test_fine_tuning_resumes_by_its_results_and_never_breaks_a_line(tmp_path):
     assert [row.split()[-1] for row in done.stdout.splitlines()[-2:]] == ["5", "5"]  # the table has the earlier ones too
     command("finetune.py", *flags, "--seeds", 0, 0, "--lr", 1e-2, "--resume")
     assert len(read_lines(results)) == 12  # other settings are another run; a seed given twice is one
+
+
+def test_results_of_other_kinds_are_not_taken_for_runs(tmp_path):
+    results, base = tmp_path / "r.jsonl", [*DEMO, "--limit-train", 30, "--limit-test", 30, "--init", "none", "--epochs", 1]
+    command("finetune.py", "--tgt", "hi", *base, "--results", results, "--save", tmp_path / "a")
+    command("finetune.py", "--tgt", "af", "--score", tmp_path / "a/hi-0", "--data", "demo/wikiann", "--results", results)
+    command("finetune.py", "--tgt", "af", *base, "--results", results, "--resume")
+    command("finetune.py", "--tgt", "hi", *base, "--results", results, "--resume", "--save", tmp_path / "b")
+    command("finetune.py", "--tgt", "hi", *base, "--results", results, "--resume", "--save", tmp_path / "b")
+    runs = [(line["target"], line["score"] is None) for line in read_lines(results)]
+    assert runs == [("hi", True), ("af", False), ("af", True), ("hi", True)]  # the last for its --save
+    assert (tmp_path / "b/hi-0/tuned.json").exists()
+    for text in ("5", "{"):
+        results.write_text(text)
+        done = command("finetune.py", "--tgt", "hi", *base, "--results", results, "--resume", status=2)
+        assert len(done.stderr.splitlines()) == 1 and f"--results {results}: " in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_fine_tuning(tmp_path):
+    flags = ["--tgt", "hi", *DEMO, *SMALL_TUNING, "--init", "none", "--tune", "full", "--lr", 1e15]
+    done = command("finetune.py", *flags, "--results", tmp_path / "r", status=2)
+    assert "fine-tuning, seed 0: the loss is nan; lower --lr" in done.stderr and not (tmp_path / "r").read_text()
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path):
@@ -1298,6 +1324,31 @@ def test_line_ends_of_all_kinds_are_accepted(text, tmp_path):
     assert prime.read_split(str(tmp_path), "hi", "train")[0] == [(["a", "b"], [0, 5]), (["c"], [0])]
 
 
+def test_splits_with_other_tags_are_refused(tmp_path):
+    import datasets
+
+    for language, names in (("en", prime.TAGS), ("es", prime.TAGS[::-1])):
+        features = datasets.Features(tokens=datasets.List(datasets.Value("string")),
+                                     ner_tags=datasets.List(datasets.ClassLabel(names=names)))
+        table = datasets.Dataset.from_dict({"tokens": [["a"]] * 50, "ner_tags": [[1]] * 50}, features=features)
+        (tmp_path / language).mkdir()
+        table.to_parquet(str(tmp_path / language / "train-00000-of-00001.parquet"))
+    done = command("prime.py", "--model", "demo/encoder", "--data", tmp_path, "--output", tmp_path / "out", status=2)
+    assert "es train: the tags are " in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_parameter_without_a_gradient_does_no_harm(tmp_path):
+    """The relative positions of this encoder are fixed; its words have no piece of their own."""
+    import transformers
+
+    shutil.copytree("demo/encoder", tmp_path / "roformer", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = dict(vocab_size=1429, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                 max_position_embeddings=128, embedding_size=16)
+    encoder = transformers.RoFormerModel(transformers.RoFormerConfig(**sizes))
+    encoder.save_pretrained(tmp_path / "roformer")
+    command("prime.py", *LONG, "--steps", 2, "--model", tmp_path / "roformer", "--output", tmp_path / "out")
+
+
 def test_an_entity_that_begins_with_i_is_kept_and_told(tmp_path, capsys):
     (tmp_path / "hi").mkdir()
     (tmp_path / "hi/train.txt").write_text("a\tI-LOC\nb\tI-LOC\nc\tB-PER\nd\tI-PER\ne\tI-ORG\n")
@@ -1348,9 +1399,10 @@ def test_missing_split_and_folder_of_others_are_told(tmp_path):
     assert f"{tmp_path}/data/hi: no test split there; the languages of {tmp_path}/data are: hi" in done.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
+    (tmp_path / "mine/partial-results").mkdir()
     done = command("prime.py", *LONG, "--output", tmp_path / "mine", status=2)
     assert "exists and was not written by us" in done.stderr
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.tex", "partial-results"}
 
 
 # ---- fuzz ----

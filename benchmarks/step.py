@@ -129,7 +129,7 @@ def main():
         from transformers import BertConfig, BertModel
 
         encoder = BertModel(BertConfig(vocab_size=119_547)).to(args.device)
-    corpora = [prime.load(args, tokenizer, language, "train")[0] for language in args.src]
+    corpora = [prime.load(args, tokenizer, language, "train") for language in args.src]
     model = adapters.Tagger(encoder, 7, bf16=args.bf16).to(args.device).eval()
     sets = theta_p, theta_a, theta_h = model.sets()
     outer = [*theta_p.values(), *theta_a.values()]
