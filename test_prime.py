@@ -1042,18 +1042,18 @@ def test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint(fault, steps, long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("method", ["meta", "ft"])  # with dropout, the random state counts too
 def test_a_stopped_run_tells_the_command_that_resumes_it(number, method, tmp_path):
-    flags = [*LONG, "--steps", 40, "--save-every", 1000, "--method", method, "--output"]
+    flags = [*LONG, "--steps", 150, "--save-every", 1000, "--method", method, "--output"]
     whole = begin([*flags, tmp_path / "whole"], tmp_path / "stderr")
     whole.join()
     process = begin([*flags, tmp_path / "primed"], tmp_path / "stopped")
     while not (tmp_path / "primed").exists():  # made just before the first step
         time.sleep(0.01)
-    time.sleep(0.1)
+    time.sleep(0.05)
     os.kill(process.pid, number)
     process.join()
     (line,) = (tmp_path / "stopped").read_text().splitlines()
     stopped, resuming = line.split("; to go on: ")
-    assert process.exitcode == 2 and re.fullmatch(r"prime.py: stopped after step \d+ of 40", stopped)
+    assert process.exitcode == 2 and re.fullmatch(r"prime.py: stopped after step \d+ of 150", stopped)
     python, script, *words = shlex.split(resuming)
     assert (python, Path(script).name) == ("python", "prime.py") and words == [*map(str, flags), str(tmp_path / "primed"), "--resume"]
     process = begin(words, tmp_path / "stderr")
