@@ -84,8 +84,8 @@ def prime(
             if theta_1_h is None:
                 theta_1_h = {name: theta_i[name].detach() for name in theta_h}
         # Alg. 1, line 8: end for
-        sum(query_losses).backward(inputs=outer)
-        optimizer.step()  # Alg. 1, line 9: θa and θp ...
+        sum(query_losses).backward(inputs=outer)  # Alg. 1, line 9: the gradients of the sum over tasks, ...
+        optimizer.step()  # ... the steps on θa and θp, ...
         schedule.step()
         with torch.no_grad():
             for name, parameter in theta_h.items():
@@ -284,11 +284,11 @@ def main() -> None:
     losses = resume(args, model, optimizer, schedule)
 
     def sum_over_processes(*_: Any) -> None:
-        for parameter in outer if processes > 1 else ():
-            if parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
+        for gradient in [parameter.grad for parameter in outer if parameter.grad is not None]:
+            distributed.all_reduce(gradient)
 
-    optimizer.register_step_pre_hook(sum_over_processes)  # line 9: over the tasks of all
+    if processes > 1:  # the sum of line 9 is over the tasks of all
+        optimizer.register_step_pre_hook(sum_over_processes)
     signals = torch.zeros(1, device=args.device)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: signals.fill_(1))
@@ -366,7 +366,8 @@ def resume(args: argparse.Namespace, *parts: Any) -> list[float]:
         for part, state in zip(parts, kept.get("states", ())):
             part.load_state_dict(state)
     if not kept:
-        sys.exit(print(f"{args.output} is complete"))
+        print(f"{args.output} is complete")
+        sys.exit()
     return kept["losses"]
 
 
