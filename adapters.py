@@ -1,11 +1,12 @@
 """The model of §4, h(g(f(x; θp); θa); θh), and the names of its three sets of parameters.
 
-f is any encoder that `AutoModel` loads, g one adapter after its last layer, h a linear head on every word.
-Nothing here knows of data or of training.
+f is any encoder that `AutoModel` loads, g one adapter after its last layer, h a linear head on every word; in the
+place of g, θa may be inside of f (`pe`). Nothing here knows of data or of training.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
@@ -42,32 +43,62 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(nn.functional.gelu(self.down(x)))
 
+    def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The adapter as a forward hook; bound methods are copied with their model, closures are not."""
+        return self(output)
+
 
 class Tagger(nn.Module):
-    """An encoder, an adapter on top of it (none if `bottleneck` is 0) and a head of `num_tags` classes.
+    """An encoder and a head of `num_tags` classes, and what `pe` names as θa:
+
+    adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and one after
+    the feed-forward block of every layer, before the skip connection (§4; Houlsby et al. 2019). bitfit: the
+    biases of the encoder (Ben Zaken et al. 2022). lora: low-rank updates of the matrices that `peft` chooses,
+    α = 2 · rank (Hu et al. 2022). None: nothing. `bottleneck` is the width of an adapter, 64 unless given, or
+    the rank of LoRA, 8. Raises ValueError where the encoder has no such parts.
 
     The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler that some encoders carry
     cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
     """
 
-    def __init__(self, encoder: nn.Module, num_tags: int, bottleneck: int = 64, bf16: bool = False):
+    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter",
+                 bottleneck: int | None = None, bf16: bool = False):
         super().__init__()
         hidden = encoder.config.hidden_size
-        self.encoder = encoder
+        self.encoder, self.pe = encoder, pe
         after_padding = (getattr(encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's way
         starts = {"bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding}
         self.first_position = starts.get(encoder.config.model_type)  # None: not known, so we do not pack
         self.bf16 = bf16
-        self.adapter = Adapter(hidden, bottleneck) if bottleneck else nn.Identity()
+        self.adapter = Adapter(hidden, bottleneck or 64) if pe == "adapter" else nn.Identity()
+        ends = ("output.dense", "out_lin", "lin2", "Wo")  # of a block, in the names of BERT and its kin
+        blocks = [module for name, module in encoder.named_modules() if pe == "houlsby" and name.endswith(ends)]
+        self.adapters = nn.ModuleList(Adapter(hidden, bottleneck or 64) for _ in blocks)
+        for block, adapter in zip(blocks, self.adapters):
+            block.register_forward_hook(adapter.hook)
+        if pe == "lora":
+            from peft import LoraConfig, inject_adapter_in_model
+
+            inject_adapter_in_model(LoraConfig(r=bottleneck or 8, lora_alpha=2 * (bottleneck or 8)), encoder)
+            self.requires_grad_()  # peft freezes the rest
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        if pe and not self.sets()[1]:
+            raise ValueError(f"{encoder.config.model_type} has no part that we know for --pe {pe}")
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
         theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
-        parts = ("encoder.", "adapter.", "head.")
-        return tuple({n: p for n, p in theta.items() if n.startswith(part)} for part in parts)
+        theta_h = {n: theta.pop(n) for n in [*theta] if n.startswith("head.")}
+        named = {"bitfit": r".*\.bias$", "lora": r".*\.lora_"}.get(self.pe, "adapter")
+        theta_a = {n: theta.pop(n) for n in [*theta] if re.match(named, n)}
+        return theta, theta_a, theta_h
+
+    def save_encoder(self, folder: Path) -> None:
+        """Writes what `AutoModel` reads: the encoder without what LoRA and the adapters have added to it."""
+        state = {n.replace(".base_layer", ""): p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
+        self.encoder.save_pretrained(folder, state_dict=state)
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
         """The sentences with f(x; θp) at the first piece of every word that has one in the place of x.

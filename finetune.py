@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import time
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+import pandas
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -33,7 +32,6 @@ def parse_arguments() -> argparse.Namespace:
          help="θa, θh (rows 3 to 7 of Table 1), or without an adapter θh (row 2) or θp, θh (row 1)")
     flag("--init", default="primed",
          help="a folder that prime.py wrote (rows 4 to 7), or none: --model and a random θa (rows 1 to 3)")
-    flag("--bottleneck", type=positive(int), default=64, help="of a random θa; paper: 64")
     flag("--epochs", type=positive(int), default=10, help="paper: not said")
     flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling to 0; paper: not said")
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
@@ -70,7 +68,8 @@ def main() -> None:
     for language, (train, test) in data.items():
         words = sum(len(sentence.words) for sentence in train + test)
         gigabytes = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
-        cached_gb = gigabytes if args.tune != "full" and gigabytes <= args.cache_gb else 0.0
+        fixed = args.tune == "head" or args.tune == "adapter" and args.pe == "adapter"
+        cached_gb = gigabytes if fixed and gigabytes <= args.cache_gb else 0.0
         for seed in dict.fromkeys(args.seeds):
             folder = args.save and args.save / f"{language}-{seed}"
             if (language, seed) in earlier and (not folder or (folder / "tuned.json").exists()):
@@ -93,14 +92,19 @@ def main() -> None:
                     "train_sentences": len(train), "test_sentences": len(test), "cached_gb": cached_gb,
                     "seconds": time.perf_counter() - began}
             lines.append(line)
-            print_line(line)
+            types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
+            print(f"{language} seed {seed}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  R {line['recall']:.2f}  "
+                  f"({types})  updated {updated:,} of {parameters:,} ({updated / parameters:.4%})  "
+                  f"cached {cached_gb:.2f} GB  {line['seconds']:.1f} s")
             if folder:
                 with whole_folder(folder, "tuned.json") as new:
                     save_file(tuned, new / "tuned.safetensors")
                     (new / "tuned.json").write_text(json.dumps(line, indent=2, default=str))
             append(args.results, line)
     if len(lines) > 1:
-        print_table(lines)
+        columns = dict(F1=("f1", "mean"), std=("f1", "std"), P=("precision", "mean"), R=("recall", "mean"))
+        table = pandas.DataFrame(lines).groupby("target", sort=False).agg(**columns, seeds=("seed", "size"))
+        print(table.reset_index().to_string(index=False, float_format="%.2f"))
 
 
 def resolve(args: argparse.Namespace) -> None:
@@ -114,7 +118,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.init != "none":
         with reading(f"--init {args.init}, which prime.py writes"):
             args.priming = json.loads((Path(args.init) / "priming.json").read_text())
-            args.model, args.bottleneck = args.priming["model"], args.priming["bottleneck"]
+            vars(args).update({name: args.priming[name] for name in ("model", "pe", "bottleneck")})
     if args.score and kept.get("priming") != args.priming:
         raise BadInput(f"{args.init} has changed since --score {args.score} was tuned on it: prime it again")
 
@@ -122,15 +126,14 @@ def resolve(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) -> tuple[Tagger, Parameters]:
     """The model before fine-tuning, always with a random head, and the parameters that fine-tuning moves."""
     torch.manual_seed(seed)
-    if args.tune == "full":
+    pe = args.pe if args.tune == "adapter" else None
+    with reading(f"--pe {pe} (lora: pip install peft), --bottleneck {args.bottleneck}, {args.device}"):
         encoder = copy.deepcopy(encoder)  # the next run starts from the same one
-    bottleneck = args.bottleneck if args.tune == "adapter" else 0
-    with reading(f"--bottleneck {bottleneck}, {args.device}"):
-        model = Tagger(encoder, tags, bottleneck, args.bf16).to(args.device).eval()
+        model = Tagger(encoder, tags, pe, args.bottleneck, args.bf16).to(args.device).eval()
     theta_p, theta_a, theta_h = model.sets()
     for parameter in theta_p.values():
         parameter.requires_grad_(args.tune == "full")
-    if args.tune == "adapter" and args.init != "none":
+    if pe and args.init != "none":
         with reading(f"--init {args.init}"):
             load_parameters(theta_a, Path(args.init) / "adapter.safetensors")
     return model, {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
@@ -188,23 +191,6 @@ def append(path: Path, line: dict[str, Any]) -> None:
         if (written := file.write(data)) < len(data):
             file.truncate(file.tell() - written)
             raise OSError(f"{path}: no space left for the line of this run")
-
-
-def print_line(line: dict[str, Any]) -> None:
-    types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
-    print(f"{line['target']} seed {line['seed']}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
-          f"R {line['recall']:.2f}  ({types})  updated {line['updated']:,} of {line['parameters']:,} "
-          f"({line['share']:.4%})  cached {line['cached_gb']:.2f} GB  {line['seconds']:.1f} s")
-
-
-def print_table(lines: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over the seeds, a row a target."""
-    print(f"{'target':8}{'F1':>8}{'std':>8}{'P':>8}{'R':>8}{'seeds':>7}")
-    for target in dict.fromkeys(line["target"] for line in lines):
-        runs = [line for line in lines if line["target"] == target]
-        f1, precision, recall = ([run[key] for run in runs] for key in ("f1", "precision", "recall"))
-        spread = stdev(f1) if len(f1) > 1 else math.nan
-        print(f"{target:8}{mean(f1):8.2f}{spread:8.2f}{mean(precision):8.2f}{mean(recall):8.2f}{len(runs):7}")
 
 
 if __name__ == "__main__":

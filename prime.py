@@ -39,10 +39,11 @@ def prime(
     model: nn.Module, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
     batches: Iterable[Iterable[tuple[Batch, Batch]]], loss: Loss, optimizer: Optimizer,
     schedule: LRScheduler, *, inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False,
+    second_order: bool = False,
     hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
     report: Callable[[list[float]], None] = lambda query_losses: None,
 ) -> tuple[Parameters, Parameters]:
-    """Algorithm 1, with the first-order meta-gradient of §4.2. θp, θa and θh are moved in place.
+    """Algorithm 1, with the meta-gradient of §4.2, first-order or exact. θp, θa and θh are moved in place.
 
     theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which require
         gradients. A parameter in none of them is a constant.
@@ -51,6 +52,8 @@ def prime(
     loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
+    second_order: the exact meta-gradient, through the inner loop. A fused attention kernel, which has no second
+        derivative, raises RuntimeError in an inner step: take `attn_implementation="eager"`.
     hoist: gives back the support sets, or the query sets, of all tasks with f(x; θp) in the place of x, for
         `loss` to accept; ignored with `maml`. For a model in which θa and θh come after all of θp, with no
         dropout in θp's part.
@@ -65,7 +68,7 @@ def prime(
         optimizer.zero_grad()
         supports, queries = zip(*tasks)
         if hoist and not maml:  # exact: down to line 8 nothing moves θp, so f(x; θp) stays the same ...
-            with torch.no_grad():  # ... and line 6 takes no gradient in it
+            with torch.set_grad_enabled(second_order):  # ... and line 6 takes no gradient in it
                 supports = hoist(supports)
             queries = hoist(queries)
         query_losses, theta_1_h = [], None
@@ -75,9 +78,10 @@ def prime(
                 theta_i |= theta_p  # ... except for the red line of Alg. 1, in MAML only
             for _ in range(inner_steps):  # Alg. 1, line 5
                 support_loss = loss(at(model, theta_i), support)
-                gradients = torch.autograd.grad(support_loss, list(theta_i.values()), materialize_grads=True)
+                gradients = torch.autograd.grad(support_loss, list(theta_i.values()), materialize_grads=True,
+                                                create_graph=second_order)
                 for name, gradient in zip(theta_i, gradients):  # Alg. 1, line 6
-                    # To autograd this gradient is a constant, so dθi/dθ is the identity: first order.
+                    # In first order the gradient is a constant to autograd, and dθi/dθ the identity.
                     theta_i[name] = theta_i[name] - inner_lr * gradient
             # Alg. 1, line 7: end for
             query_losses.append(loss(at(model, theta_i), query))
@@ -248,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--tasks", type=positive(int), default=2, help="tasks in a batch; paper: not said")
     flag("--support", type=positive(int), default=16, help="sentences of a task; paper: not said")
     flag("--query", type=positive(int), default=16, help="sentences of a task; paper: not said")
-    flag("--bottleneck", type=positive(int), default=64, help="of the adapter; paper: 64")
+    flag("--second-order", action="store_true", help="the exact meta-gradient; paper: first-order")
     flag("--seed", type=positive(int, or_zero=True), default=0, help="of initialisation and sampling")
     flag("--save-every", type=positive(int), default=100, metavar="N", help="meta steps between checkpoints")
     flag("--resume", action="store_true", help="go on with the unfinished run in --output, if there is one")
@@ -273,8 +277,11 @@ def main() -> None:
             raise BadInput(f"{language}: {len(corpora[-1])} training sentences; lower --support or --query")
     args.data_checksum = zlib.crc32(repr(corpora).encode())
     args.weights_checksum = sum(zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters())
-    with reading(f"--bottleneck {args.bottleneck}, {args.device}"):
-        model = Tagger(encoder, len(args.tags), args.bottleneck, args.bf16).to(args.device).eval()
+    with reading(f"--pe {args.pe} (lora: pip install peft), --bottleneck {args.bottleneck}, {args.device}"):
+        model = Tagger(encoder, len(args.tags), args.pe, args.bottleneck, args.bf16).to(args.device).eval()
+    hoist = model.hoist if args.pe == "adapter" and args.method != "maml" else None  # else θi is in all of f
+    if args.second_order and not hoist:
+        encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     theta_p, theta_a, theta_h = model.sets()
     if args.method == "ft":  # §5.2: without inner steps the meta step is plain fine-tuning on the query sets
         theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
@@ -325,11 +332,11 @@ def main() -> None:
     with reading("priming"):
         prime(model, theta_p, theta_a, theta_h, bar, tag_loss, optimizer, schedule,
               inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
-              hoist=model.hoist, report=report)
+              second_order=args.second_order, hoist=hoist, report=report)
     if rank == 0:
         with whole_folder(args.output, "priming.json") as folder:
             record = {**vars(args), "last_losses": losses[-10:]}
-            encoder.save_pretrained(folder)
+            model.save_encoder(folder)
             tokenizer.save_pretrained(folder)
             save_file(theta_a, folder / "adapter.safetensors")
             (folder / "priming.json").write_text(json.dumps(record, indent=2, default=str))
@@ -401,6 +408,9 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder; paper: mBERT")
     flag("--data", default="unimelb-nlp/wikiann", help="WikiAnn on the hub or a folder, in README's layouts")
+    flag("--pe", choices=["adapter", "houlsby", "bitfit", "lora"], default="adapter",
+         help="θa: an adapter on top (the paper's), adapters in every layer, the encoder's biases, LoRA")
+    flag("--bottleneck", type=positive(int), help="of adapters, 64 if not given (paper: 64); LoRA's rank, 8")
     flag("--max-length", type=positive(int), default=128, help="word pieces of a sentence; paper: not said")
     flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")

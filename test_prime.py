@@ -11,7 +11,7 @@
 | line 9: θp and θa move and nothing else | test_meta_step_moves_theta_p_and_theta_a_and_nothing_else, test_meta_step_keeps_flags_mode_buffers_and_random_state |
 | line 9: θh = θ1_h, whatever the other tasks do | test_theta_h_becomes_the_first_tasks_head, test_order_of_tasks_matters_to_theta_h_alone |
 | line 9: "− β ∇" is AdamW with a linear schedule | test_five_meta_steps_equal_a_hand_written_adamw |
-| §4.2: first order is an approximation | test_first_order_is_exact_without_inner_steps_and_is_not_with_them |
+| §4.2: first order is an approximation | test_second_order_is_exact_and_first_order_only_without_inner_steps |
 | §4: a real transformer, θa on top or inside | test_meta_gradient_of_a_transformer_equals_copies_with_sgd |
 | §4: adapter and head start as Houlsby et al. and BERT have them | test_adapter_and_head_start_as_the_papers_do |
 | §4.3, Table 1: each setting updates its parameters and no other | test_priming_moves_exactly_theta_p_and_theta_a, test_row_updates_exactly_its_parameters, test_fine_tuning_leaves_the_rest_bit_identical |
@@ -26,6 +26,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import io
 import itertools
 import json
@@ -56,6 +57,8 @@ import finetune
 import prime
 
 HERE = Path(__file__).parent
+EXTRA = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="an extra: pip install peft")
+PE = ["adapter", "houlsby", "bitfit", pytest.param("lora", marks=EXTRA)]
 DEMO = ["--model", "demo/encoder", "--data", "demo/wikiann"]
 os.chdir(HERE)
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -290,43 +293,56 @@ def test_five_meta_steps_equal_a_hand_written_adamw():
         assert model.f.weight.grad.allclose(gradient[0], rtol=0, atol=1e-10)
 
 
-def finite_differences(model, objective, name, epsilon=1e-6):
-    """Central differences of `objective()` in the parameter `name` of the model."""
-    parameter = dict(model.named_parameters())[name]
-    gradient = torch.zeros_like(parameter)
-    with torch.no_grad():
-        for k in range(parameter.numel()):
-            values = []
-            for sign in (1, -1):
-                parameter.view(-1)[k] += sign * epsilon
-                values.append(objective())
-                parameter.view(-1)[k] -= sign * epsilon
-            gradient.view(-1)[k] = (values[0] - values[1]) / (2 * epsilon)
-    return gradient
+def finite_differences(objective, parameters, directions, epsilon=1e-5):
+    """Slopes of `objective()` along directions in the space of the parameters, by central differences."""
+    slopes = []
+    for direction in directions:
+        values = []
+        for size in (epsilon, -2 * epsilon, epsilon):  # there, to the other side, and back
+            for parameter, part in zip(parameters, direction):
+                parameter.data.add_(part, alpha=size)
+            values.append(objective())
+        slopes.append((values[0] - values[1]) / (2 * epsilon))
+    return torch.tensor(slopes, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-def test_first_order_is_exact_without_inner_steps_and_is_not_with_them(steps):
+def query_loss_after_sgd(model, moving, batches_loss, tasks, lr, steps):
+    """Σ over tasks of the query loss at θi, the inner loop taken by torch.optim.SGD on a copy of the model."""
+    total = 0.0
+    for support, query in tasks:
+        copied = copy.deepcopy(model)
+        named = dict(copied.named_parameters())
+        optimizer = torch.optim.SGD([named[name] for name in moving], lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            batches_loss(copied, support).backward()
+            optimizer.step()
+        total += batches_loss(copied, query).item()
+    return total
+
+
+@pytest.mark.parametrize("form", ["hoisted", "textbook", "maml", "subset"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_second_order_is_exact_and_first_order_only_without_inner_steps(steps, form):
+    """Every element of θp and of θa, in float64, at an inner rate at which first order is far from it."""
     tasks, model = make_tasks(2), Small()
-
-    def query_loss():  # the whole inner loop, on a copy, with torch.optim.SGD
-        total = 0.0
-        for support, query in tasks:
-            copied = copy.deepcopy(model)
-            optimizer = torch.optim.SGD([*copied.g.parameters(), *copied.h.parameters()], lr=0.5)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                with torch.enable_grad():
-                    loss(copied, support).backward()
-                optimizer.step()
-            total += loss(copied, query).item()
-        return total
-
-    exact = {name: finite_differences(model, query_loss, name) for name in ("f.weight", "g.weight", "g.bias")}
-    meta_step(model, tasks, inner_steps=steps, inner_lr=0.5)
-    for name, gradient in exact.items():
-        error = (dict(model.named_parameters())[name].grad - gradient).norm() / gradient.norm()
-        assert error < 1e-6 if steps == 0 else error > 1e-2
+    sets = theta_p, theta_a, theta_h = split_by_bias(model) if form == "subset" else model.sets()
+    moving = {**theta_a, **theta_h, **(theta_p if form == "maml" else {})}
+    hoist = (lambda sets: [(model.features(x), y) for x, y in sets]) if form == "hoisted" else None
+    before, exact = copy.deepcopy(model.state_dict()), []
+    for part in (theta_p, theta_a):
+        unit = torch.eye(sum(p.numel() for p in part.values()), dtype=torch.float64).split([p.numel() for p in part.values()], 1)
+        directions = [[x.view_as(p) for x, p in zip(row, part.values())] for row in zip(*unit)]
+        objective = lambda: query_loss_after_sgd(model, moving, loss, tasks, 0.5, steps)
+        exact.append(finite_differences(objective, [*part.values()], directions))
+    for second_order in (True, False):
+        model.load_state_dict(before)
+        optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 10)
+        prime.prime(model, *sets, [tasks], loss, optimizer, schedule, inner_lr=0.5, inner_steps=steps,
+                    maml=form == "maml", hoist=hoist, second_order=second_order)
+        for part, right in zip(sets, exact):
+            error = (torch.cat([p.grad.flatten() for p in part.values()]) - right).norm() / right.norm()
+            assert error < 1e-6 if second_order or steps == 0 else error > 1e-2
 
 
 def copying_oracle(model, sets, batches_loss, tasks, steps, lr, maml):
@@ -494,7 +510,7 @@ def count_encoded(model, monkeypatch):
 @pytest.mark.parametrize("steps", [1, 50])
 def test_a_meta_step_encodes_each_set_once_whatever_the_number_of_inner_steps(steps, demo, monkeypatch):
     encoder, _, sentences = demo
-    model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
+    model = adapters.Tagger(copy.deepcopy(encoder), 7, bottleneck=8).double().eval()
     args = Namespace(seed=0, tasks=3, support=5, query=6, method="meta")
     tasks = prime.sample_tasks([sentences], args, 0)
     counts = count_encoded(model, monkeypatch)
@@ -531,7 +547,7 @@ def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
     gradients = []
     for bf16 in (False, True):
         torch.manual_seed(0)
-        model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, 8, bf16).eval()
+        model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, bottleneck=8, bf16=bf16).eval()
         kinds = set()
         model.encoder.encoder.layer[0].attention.self.query.register_forward_hook(lambda *a: kinds.add(a[2].dtype))
         prime.tag_loss(model, sentences[:16]).backward()
@@ -556,20 +572,61 @@ def padded_loss(model, sentences):
     return nn.functional.cross_entropy(model.head(model.adapter(hidden)).flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("subset", [False, True], ids=["adapter", "biases"])
-@pytest.mark.parametrize("maml", [False, True], ids=["priming", "maml"])
-def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, subset, demo):
-    encoder, _, sentences = demo
+def demo_tagger(encoder, pe):
+    """A float64 tagger whose θa has left its starting point: LoRA's starts at zero, where much of it is flat."""
     torch.manual_seed(0)
-    model = adapters.Tagger(copy.deepcopy(encoder), 7, 8).double().eval()
-    sets = split_by_bias(model) if subset else model.sets()
+    model = adapters.Tagger(copy.deepcopy(encoder), 7, pe, 8).double().eval()
+    with torch.no_grad():
+        for parameter in model.sets()[1].values():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("pe", PE)
+@pytest.mark.parametrize("maml", [False, True], ids=["priming", "maml"])
+def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, pe, demo):
+    model = demo_tagger(demo[0], pe)
+    sets = model.sets()
     args = Namespace(seed=0, tasks=2, support=5, query=6, method="meta")
-    tasks = prime.sample_tasks([sentences], args, 0)
+    tasks = prime.sample_tasks([demo[2]], args, 0)
     expected = copying_oracle(model, sets, padded_loss, tasks, 5, 0.03, maml)
     optimizer, schedule = prime.adamw([*sets[0].values(), *sets[1].values()], 1e-4, 10)
-    hoist = None if subset else model.hoist
+    hoist = model.hoist if pe == "adapter" else None
     prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule, maml=maml, hoist=hoist)
     assert_equals_oracle(model, expected, sets[2], 1e-9)
+
+
+@pytest.mark.parametrize("pe", PE)
+@pytest.mark.parametrize("maml", [False, True], ids=["priming", "maml"])
+def test_second_order_gradient_of_a_transformer_equals_finite_differences(maml, pe, demo):
+    """Along a random direction in θp and one in θa; the oracle shares no code with Algorithm 1."""
+    model = demo_tagger(demo[0], pe)
+    sets = theta_p, theta_a, theta_h = model.sets()
+    args = Namespace(seed=0, tasks=2, support=5, query=6, method="meta")
+    tasks = prime.sample_tasks([demo[2]], args, 0)
+    moving = {**theta_a, **theta_h, **(theta_p if maml else {})}
+    model.encoder.set_attn_implementation("eager")
+    slopes, chance = [], torch.Generator().manual_seed(0)
+    for part in (theta_p, theta_a):
+        direction = [torch.randn(p.shape, generator=chance, dtype=p.dtype) for p in part.values()]
+        objective = lambda: query_loss_after_sgd(model, moving, padded_loss, tasks, 0.1, 5)
+        slopes.append((part, direction, finite_differences(objective, [*part.values()], [direction]).item()))
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-4, 10)
+    hoist = model.hoist if pe == "adapter" else None
+    prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule, inner_lr=0.1, maml=maml, hoist=hoist,
+                second_order=True)
+    for part, direction, slope in slopes:
+        ours = sum((p.grad * along).sum().item() for p, along in zip(part.values(), direction))
+        assert abs(ours - slope) < 1e-6 * abs(slope)
+
+
+def test_a_kernel_without_a_second_derivative_is_refused(demo):
+    model = demo_tagger(demo[0], "bitfit")
+    assert model.encoder.config._attn_implementation == "sdpa"
+    optimizer, schedule = prime.adamw([p for part in model.sets()[:2] for p in part.values()], 1e-4, 10)
+    tasks = [(demo[2][:5], demo[2][5:10])]
+    with pytest.raises(RuntimeError, match="scaled_dot_product"):
+        prime.prime(model, *model.sets(), [tasks], prime.tag_loss, optimizer, schedule, second_order=True)
 
 
 def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(demo, monkeypatch, tmp_path):
@@ -577,7 +634,8 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
 
     def spy(model, theta_p, theta_a, theta_h, batches, *rest, **settings):
         modes["prime"] = {module.training for module in model.modules()}
-        modes["settings"] = settings["maml"], settings["inner_steps"], settings["inner_lr"]
+        modes["settings"] = settings["maml"], settings["inner_steps"], settings["inner_lr"], settings["second_order"]
+        modes["hoist"] = settings["hoist"]
         modes["tasks"] = [[len(part) for part in task] for tasks in batches for task in tasks]
 
     def spy_loss(model, batch):
@@ -585,30 +643,85 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
         return prime.tag_loss(model, batch)
 
     monkeypatch.setattr(prime, "prime", spy)
-    for method in ("meta", "maml", "ft"):
-        flags = ["--method", method, "--steps", "3", "--inner-steps", "2", "--inner-lr", "0.2", "--tasks", "4"]
-        monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, *flags, "--output", str(tmp_path / method)])
+    for method, pe, more in [("meta", "adapter", []), ("maml", "adapter", ["--second-order"]), ("ft", "adapter", []),
+                             ("meta", "bitfit", ["--second-order"]), ("meta", "houlsby", [])]:
+        flags = ["--method", method, "--steps", "3", "--inner-steps", "2", "--inner-lr", "0.2", "--tasks", "4", "--pe", pe]
+        monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, *flags, *more, "--output", str(tmp_path / method / pe)])
         with pytest.raises(IndexError):  # the spy reports no loss
             prime.main()
         assert modes["prime"] == {method == "ft"}
-        assert modes["settings"] == (method == "maml", 0 if method == "ft" else 2, 0.2)
+        assert modes["settings"] == (method == "maml", 0 if method == "ft" else 2, 0.2, bool(more))
+        assert (modes["hoist"] is None) == (pe != "adapter" or method == "maml")  # only where it is exact
         assert len(modes["tasks"]) == 3 * 4 and all((s == 0) == (method == "ft") for s, _ in modes["tasks"])
     monkeypatch.setattr(finetune, "tag_loss", spy_loss)
     for tune in ("adapter", "head", "full"):
-        args = Namespace(tune=tune, init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, batch_size=8, lr=1e-2)
+        args = Namespace(tune=tune, pe="adapter", init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, batch_size=8, lr=1e-2)
         model, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), 7, seed=0)
         assert not any(module.training for module in model.double().modules())  # sentences are encoded now
         finetune.tune(args, model, tuned, demo[2][:8], seed=0)
         assert modes["tune"] == {tune == "full"} and not any(module.training for module in model.modules())
 
 
-def test_sets_are_disjoint_and_cover_the_model(demo):
-    model = adapters.Tagger(demo[0], 7)
+@pytest.mark.parametrize("pe", [None, *PE])
+def test_sets_are_disjoint_and_cover_the_model(pe, demo):
+    model = demo_tagger(demo[0], pe)
     sets = [set(part) for part in model.sets()]
     pooler = {name for name, _ in model.named_parameters() if ".pooler." in name}
     assert sum(map(len, sets)) == len(set().union(*sets))
     assert set().union(*sets) | pooler == {name for name, _ in model.named_parameters()}
     assert pooler and not pooler & set().union(*sets)
+    assert sets[2] == {"head.weight", "head.bias"} and bool(sets[1]) == bool(pe)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# mBERT: 12 layers of 768, 3072 in the feed-forward; by hand
+IN_THETA_A = {"adapter": 2 * 64 * 768 + 64 + 768, "houlsby": 24 * (2 * 64 * 768 + 64 + 768),
+              "bitfit": 768 + 12 * (7 * 768 + 3072), "lora": 12 * 2 * 2 * 8 * 768}
+
+
+@pytest.mark.parametrize("pe", PE)
+def test_counts_of_parameters_are_right_for_mbert(pe):
+    """README states them. 177,853,440 parameters are mBERT's, 590,592 of them the pooler's."""
+    import transformers
+
+    with torch.device("meta"):
+        encoder = transformers.BertModel(transformers.BertConfig(vocab_size=119_547))
+        theta_p, theta_a, theta_h = adapters.Tagger(encoder, 7, pe).sets()
+    count = [sum(p.numel() for p in part.values()) for part in (theta_p, theta_a, theta_h)]
+    pretrained = 177_853_440 - 590_592
+    assert count == [pretrained - (IN_THETA_A[pe] if pe == "bitfit" else 0), IN_THETA_A[pe], 768 * 7 + 7]
+    assert f"| `{pe}` | {IN_THETA_A[pe]:,} |" in (HERE / "README.md").read_text()
+
+
+def test_houlsby_stands_after_each_block_and_before_the_skip_connection(demo):
+    """An adapter that adds a constant is a block whose last bias is larger by it."""
+    model = adapters.Tagger(copy.deepcopy(demo[0]), 7, "houlsby", 8).double().eval()
+    plain = copy.deepcopy(demo[0])
+    blocks = [block for layer in plain.encoder.layer for block in (layer.attention.output.dense, layer.output.dense)]
+    with torch.no_grad():
+        for adapter, block in zip(model.adapters, blocks, strict=True):
+            adapter.up.weight.zero_()
+            adapter.up.bias.copy_(torch.randn(len(adapter.up.bias)))
+            block.bias.add_(adapter.up.bias)
+    ids = torch.tensor([demo[2][0].x])
+    expected = plain(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(model.encoder(input_ids=ids).last_hidden_state, expected, rtol=0, atol=1e-12)
+    assert (expected - demo[0](input_ids=ids).last_hidden_state).abs().max() > 0.1
+
+
+@EXTRA
+def test_lora_adds_twice_the_product_of_its_factors(demo):
+    model, plain = demo_tagger(demo[0], "lora"), copy.deepcopy(demo[0])
+    factors = model.sets()[1]
+    with torch.no_grad():
+        for name, factor in factors.items():
+            if "lora_B" in name:
+                module = plain.get_submodule(name.removeprefix("encoder.").partition(".lora_B")[0])
+                module.weight.add_(2 * factor @ factors[name.replace("lora_B", "lora_A")])
+    ids = torch.tensor([demo[2][0].x])
+    expected = plain(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(model.encoder(input_ids=ids).last_hidden_state, expected, rtol=0, atol=1e-12)
+    assert (expected - demo[0](input_ids=ids).last_hidden_state).abs().max() > 1e-3
 
 
 def test_adapter_and_head_start_as_the_papers_do(demo):
@@ -794,6 +907,43 @@ def test_priming_moves_exactly_theta_p_and_theta_a(row, table, theta):
     assert all(p.any() for p in theta_a.values())  # biases start at zero
 
 
+@pytest.mark.parametrize("pe", PE[1:])
+def test_each_pe_method_is_primed_tuned_saved_and_scored(pe, tmp_path, theta, demo, monkeypatch):
+    """Rows 3 to 5 of Table 1; what is saved is the plain encoder, under its own names, and θa."""
+    from transformers import AutoModel
+
+    theta_p = {name: tensor.float() for name, tensor in theta[0].items()}
+    theta_a = set(demo_tagger(demo[0], pe).sets()[1])
+    base, scores = [*SMALL_TUNING, "--results", tmp_path / "r.jsonl", "--data", "demo/wikiann"], []
+    for method in ("meta", "ft"):
+        output = tmp_path / method
+        command("prime.py", *DEMO, *SMALL_PRIMING, "--pe", pe, "--method", method, "--output", output)
+        assert tensors(output).keys() == tensors("demo/encoder").keys()
+        assert {f"encoder.{name}" for name in moved(tensors(output), tensors("demo/encoder"))} == theta_p.keys()
+        primed = tensors(output, "adapter.safetensors")
+        assert primed.keys() == theta_a
+        if pe == "bitfit":  # θa is a part of the encoder
+            assert not moved(primed, {f"encoder.{name}": p for name, p in tensors(output).items()})
+        assert not moved(tensors(output), AutoModel.from_pretrained(output).state_dict())
+        command("finetune.py", "--tgt", "hi", *base, "--init", output, "--save", tmp_path / "tuned", "--seeds", 0, 1)
+        for seed in (0, 1):  # which both start from θa*
+            tuned = tensors(tmp_path / f"tuned/hi-{seed}", "tuned.safetensors")
+            assert tuned.keys() == {*theta_a, "head.weight", "head.bias"} and moved(primed, tuned) == theta_a
+        command("finetune.py", "--tgt", "hi", *base, "--score", tmp_path / "tuned/hi-1", "--limit-test", 30)
+        _, tuned_line, again = read_lines(tmp_path / "r.jsonl")[-3:]
+        assert again["f1"] == tuned_line["f1"] and again["updated"] == sum(p.numel() for p in tuned.values())
+        assert tuned_line["cached_gb"] == 0  # θa is inside the encoder
+    command("finetune.py", "--tgt", "hi", *base, "--init", "none", "--model", "demo/encoder", "--pe", pe, "--bottleneck", 8)
+    assert read_lines(tmp_path / "r.jsonl")[-1]["updated"] == again["updated"]
+
+
+@pytest.mark.parametrize("pe", PE)
+def test_second_order_runs_from_the_command_and_gives_another_theta(pe, tmp_path):
+    for flags in ([], ["--second-order"]):
+        command("prime.py", *DEMO, *SMALL_PRIMING, "--pe", pe, *flags, "--output", tmp_path / str(len(flags)))
+    assert moved(tensors(tmp_path / "0"), tensors(tmp_path / "1"))
+
+
 def test_each_way_of_priming_gives_another_theta(table):
     primed = {row: tensors(table[row][0] / "primed") for row in PRIMING}
     for row, other in itertools.combinations(PRIMING, 2):
@@ -819,15 +969,18 @@ def test_row_updates_exactly_its_parameters(row, table, theta):
         assert moved(theta_a_star, tuned) == theta_a_star.keys()
 
 
-@pytest.mark.parametrize("tune", ["full", "head", "adapter"])
-def test_fine_tuning_leaves_the_rest_bit_identical(tune, demo):
+@pytest.mark.parametrize("moves", ["full", "head", *PE])
+def test_fine_tuning_leaves_the_rest_bit_identical(moves, demo):
     encoder, _, sentences = demo
-    args = Namespace(tune=tune, init="none", bottleneck=8, bf16=False, device="cpu", epochs=2, batch_size=8, lr=1e-2)
+    tune, pe = (moves, None) if moves in ("full", "head") else ("adapter", moves)
+    args = Namespace(tune=tune, pe=pe, init="none", bottleneck=8, bf16=False, device="cpu", epochs=2, batch_size=8, lr=1e-2)
     model, tuned = finetune.start(args, copy.deepcopy(encoder), 7, seed=0)
     model.double()
     before = copy.deepcopy(model.state_dict())
     finetune.tune(args, model, tuned, sentences[:40], seed=0)
-    assert moved(model.state_dict(), before) == tuned.keys()
+    still = {name for name in tuned if name.endswith("key.bias")}  # attention does not depend on it
+    assert tuned.keys() - still <= moved(model.state_dict(), before) <= tuned.keys()
+    assert not moved(encoder.state_dict(), demo[0].state_dict())  # the next run starts from the same encoder
 
 
 def test_features_are_computed_once_unless_they_exceed_the_cache(table, tmp_path, monkeypatch, capsys):
@@ -1376,6 +1529,11 @@ def broken_folders(tmp_path, primed):
     sizes = dict(vocab_size=1429, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(gpt)
     yield ["--init", "none", "--model", gpt], "gpt2 is no encoder"
+    funnel = copied("funnel", without=["*.safetensors", "config.json"])
+    sizes = dict(vocab_size=1429, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1])
+    transformers.FunnelModel(transformers.FunnelConfig(**sizes)).save_pretrained(funnel)
+    yield ["--init", "none", "--model", funnel, "--pe", "houlsby"], "funnel has no part that we know for --pe houlsby"
+    yield ["--init", edited("pe", "priming.json", lambda data: data.replace(b'"pe": "adapter"', b'"pe": "houlsby"'))], "holds other parameters"
     yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter: FileNotFoundError"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: FileNotFoundError"
     yield ["--init", edited("cut", "adapter.safetensors", lambda data: data[:-9])], "cut: SafetensorError"
@@ -1391,6 +1549,13 @@ def test_a_broken_folder_is_told_by_name_and_nothing_is_written(table, tmp_path)
         line = done.stderr.splitlines()[-1]
         assert told in line and "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "results.jsonl").exists() or not (tmp_path / "results.jsonl").read_text()
+
+
+def test_without_peft_lora_is_told_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = command("prime.py", *LONG, "--pe", "lora", "--output", tmp_path / "primed", status=2)
+    (line,) = done.stderr.splitlines()
+    assert "--pe lora (lora: pip install peft)" in line and "ModuleNotFoundError" in line and not list(tmp_path.iterdir())
 
 
 def test_missing_split_and_folder_of_others_are_told(tmp_path):
@@ -1460,7 +1625,7 @@ def test_the_reader_gives_what_was_written_or_one_error_for_2000_mutated_files(t
 @pytest.mark.parametrize("kind", ["adapter.safetensors", "checkpoint.pt"])
 def test_the_loaders_load_or_give_one_error_for_2000_mutated_files(kind, unfinished, table, tmp_path, demo):
     chance, outcomes = random.Random(0), {True: 0, False: 0}
-    model = adapters.Tagger(copy.deepcopy(demo[0]).float(), 7, 8)
+    model = adapters.Tagger(copy.deepcopy(demo[0]).float(), 7, bottleneck=8)
     theta_p, theta_a, theta_h = model.sets()
     optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 12)
     folder = unfinished[0] / "primed" if kind == "checkpoint.pt" else table[4][0] / "primed"
