@@ -437,6 +437,43 @@ def test_prime_imports_torch_alone(tmp_path):
     assert done.stdout == "prime\n", done.stderr
 
 
+@EXTRA
+@pytest.mark.parametrize("config", ["LoraConfig", "IA3Config", "PrefixTuningConfig"])
+def test_the_lines_of_the_readme_prime_a_model_of_peft(config, tmp_path):
+    """They move θp, θa and θh, and PE fine-tuning later moves the same θa and θh."""
+    import peft
+    import transformers
+
+    (lines,) = re.findall(r"```python\n(from peft.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    lines = lines.replace("LoraConfig", config).replace('"TOKEN_CLS"', '"TOKEN_CLS", **more').replace("steps=1000", "steps=2")
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    model = transformers.BertForTokenClassification(transformers.BertConfig(**sizes, num_labels=3))
+
+    def part():
+        return {"input_ids": torch.randint(50, (2, 6)), "labels": torch.randint(3, (2, 6))}
+
+    scope = {"model": model, "batches": [[(part(), part())] * 2] * 2,
+             "more": {"num_virtual_tokens": 4} if config == "PrefixTuningConfig" else {}}
+    head, layer = copy.deepcopy(model.classifier.weight), copy.deepcopy(model.bert.encoder.layer[0].output.dense.weight)
+    exec(lines, scope)
+    sets = [scope[name] for name in ("theta_p", "theta_a", "theta_h")]
+    assert all(sets) and {name.rpartition(".")[2] for name in sets[2]} == {"weight", "bias"}
+    assert all(p.grad is not None and p.grad.any() for p in sets[1].values())
+    moved_to = dict(scope["model"].named_parameters())
+    assert any("layer.0.output.dense" in name and not torch.equal(p, layer) for name, p in moved_to.items() if p.shape == layer.shape)
+    assert not any(torch.equal(p, head) for p in sets[2].values())
+
+
+def test_the_example_primes_an_mlp_for_sine_waves():
+    """After 100 steps of SGD on ten points, the primed MLP is closer to waves that neither has seen."""
+    first, *rows = command("examples/sinusoid.py").stdout.splitlines()[1:]
+    told = [float(row.split()[-1]) for row in rows]
+    assert len(first.split()) == 3 + 11 and len(told) == 4
+    assert told[3] < 0.5 * min(told[:3])
+    assert len((HERE / "examples/sinusoid.py").read_text().splitlines()) <= 60
+
+
 # ---- the tasks and the model ----
 
 
@@ -1469,6 +1506,25 @@ def test_the_benchmark_runs():
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows][:3] == ["| step", "| fine-tuning step", "| fine-tuning step, padded"]
     assert "relative difference" in done.stdout and float(rows[1][1]) == 1
+
+
+def test_the_plot_of_the_inner_rate_shows_what_the_runs_ended_with(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
+
+    def in_this_process(words, **_):
+        status = 2 if words[-2].endswith("maml-1") else 0  # 1e4 in its place stops that run
+        done = command(Path(words[1]).name, *["1e4" if status and word == "1" else word for word in words[2:]], status=status)
+        return Namespace(**vars(done), returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    flags = [*DEMO, "--steps", 3, "--support", 4, "--query", 4, "--limit-train", 50, "--output", tmp_path]
+    for picture in ("one.svg", "two.svg"):  # the second time from what the first has left
+        done = command("benchmarks/inner_rate.py", *flags, "--picture", tmp_path / picture)
+        head, ours, maml = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert head[1:] == ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1"] and maml[-1] == "nan"
+    losses = json.loads((tmp_path / "meta-1e-1/priming.json").read_text())["last_losses"]
+    assert ours[5] == f"{statistics.mean(losses) / 2:.3f}"
 
 
 @pytest.mark.parametrize("text", [b"a\tO\r\nb\tB-LOC\r\n\r\nc\tO\r\n", b"\n\na\tO\nb\tB-LOC\n\n\nc\tO", "a\tO\nb\tB-LOC\n\nc\tO\n".encode()])

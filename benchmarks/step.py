@@ -141,9 +141,9 @@ def main():
         prime.tag_loss(model, [sentence for _, query in tasks for sentence in query]).backward()
         tuning.step()
 
-    def meta(tasks, inner_steps, hoist=model.hoist):
+    def meta(tasks, inner_steps, hoist=model.hoist, second_order=False):
         prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule, inner_lr=INNER_LR,
-                    inner_steps=inner_steps, hoist=hoist)
+                    inner_steps=inner_steps, hoist=hoist, second_order=second_order)
 
     def padded(step):
         """`step` with every sentence in a row of its own: one batch padded to its longest."""
@@ -197,6 +197,8 @@ def main():
             rows[f"{name}, S = {inner_steps}"] = row
             if inner_steps == 5:
                 rows[f"{name}, S = {inner_steps}, padded"] = padded(row)
+
+    rows["meta step, second order, S = 5"] = functools.partial(meta, inner_steps=5, second_order=True)
 
     def timed(step, *arguments):
         began = time.perf_counter()
