@@ -119,6 +119,7 @@ def main():
     parser.add_argument("--limit-train", type=int, default=5000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="ROW", help="rows to add to the least: all that begin so")
     args = parser.parse_args()
     args.seed, args.method, args.max_length = 0, "meta", 128
 
@@ -199,6 +200,7 @@ def main():
                 rows[f"{name}, S = {inner_steps}, padded"] = padded(row)
 
     rows["meta step, second order, S = 5"] = functools.partial(meta, inner_steps=5, second_order=True)
+    rows = {name: row for name, row in rows.items() if name.startswith(("fine-tuning step", "meta step, S", *args.only))}
 
     def timed(step, *arguments):
         began = time.perf_counter()
