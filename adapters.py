@@ -84,8 +84,8 @@ class Tagger(nn.Module):
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if pe and not self.sets()[1]:
-            raise ValueError(f"{encoder.config.model_type} has no part that we know for --pe {pe}")
+        if pe and (not self.sets()[1] or len(blocks) % (2 * encoder.config.num_hidden_layers)):
+            raise ValueError(f"{encoder.config.model_type} has no parts that we know for --pe {pe}")
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""

@@ -68,7 +68,7 @@ def prime(
         optimizer.zero_grad()
         supports, queries = zip(*tasks)
         if hoist and not maml:  # exact: down to line 8 nothing moves θp, so f(x; θp) stays the same ...
-            with torch.set_grad_enabled(second_order):  # ... and line 6 takes no gradient in it
+            with torch.set_grad_enabled(second_order):  # ... and only the exact line 9 has a gradient in it
                 supports = hoist(supports)
             queries = hoist(queries)
         query_losses, theta_1_h = [], None

@@ -11,8 +11,9 @@
 | line 9: θp and θa move and nothing else | test_meta_step_moves_theta_p_and_theta_a_and_nothing_else, test_meta_step_keeps_flags_mode_buffers_and_random_state |
 | line 9: θh = θ1_h, whatever the other tasks do | test_theta_h_becomes_the_first_tasks_head, test_order_of_tasks_matters_to_theta_h_alone |
 | line 9: "− β ∇" is AdamW with a linear schedule | test_five_meta_steps_equal_a_hand_written_adamw |
-| §4.2: first order is an approximation | test_second_order_is_exact_and_first_order_only_without_inner_steps |
+| §4.2: first order is an approximation; `--second-order` is exact | test_second_order_is_exact_and_first_order_only_without_inner_steps, test_second_order_gradient_of_a_transformer_equals_finite_differences, test_a_kernel_without_a_second_derivative_is_refused |
 | §4: a real transformer, θa on top or inside | test_meta_gradient_of_a_transformer_equals_copies_with_sgd |
+| §4, §6: adapters in every layer, biases, LoRA | test_counts_of_parameters_are_right_for_mbert, test_houlsby_stands_after_each_block_and_before_the_skip_connection, test_lora_adds_twice_the_product_of_its_factors, test_each_pe_method_is_primed_tuned_saved_and_scored |
 | §4: adapter and head start as Houlsby et al. and BERT have them | test_adapter_and_head_start_as_the_papers_do |
 | §4.3, Table 1: each setting updates its parameters and no other | test_priming_moves_exactly_theta_p_and_theta_a, test_row_updates_exactly_its_parameters, test_fine_tuning_leaves_the_rest_bit_identical |
 | §4.3: FT priming sees the data of the tasks | test_ft_priming_draws_the_sentences_of_the_tasks |
@@ -21,7 +22,7 @@
 | README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_same_seed_same_bytes_another_seed_others |
 | README: a run that is killed or stopped goes on to the same bits; processes share a batch | test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way, test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint, test_a_stopped_run_tells_the_command_that_resumes_it, test_several_processes_give_what_one_gives |
 | README: data, scores and bad input | test_data_layouts_load_the_same_sentences, test_words_cut_off_count_as_o, test_score_equals_a_hand_count, test_bad_input_is_one_line |
-| README: prime.py needs torch alone | test_prime_imports_torch_alone |
+| README: prime.py needs torch alone, and primes what is not ours | test_prime_imports_torch_alone, test_the_lines_of_the_readme_prime_a_model_of_peft, test_the_example_primes_an_mlp_for_sine_waves |
 """
 
 import contextlib
@@ -1588,7 +1589,7 @@ def broken_folders(tmp_path, primed):
     funnel = copied("funnel", without=["*.safetensors", "config.json"])
     sizes = dict(vocab_size=1429, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1])
     transformers.FunnelModel(transformers.FunnelConfig(**sizes)).save_pretrained(funnel)
-    yield ["--init", "none", "--model", funnel, "--pe", "houlsby"], "funnel has no part that we know for --pe houlsby"
+    yield ["--init", "none", "--model", funnel, "--pe", "houlsby"], "funnel has no parts that we know for --pe houlsby"
     yield ["--init", edited("pe", "priming.json", lambda data: data.replace(b'"pe": "adapter"', b'"pe": "houlsby"'))], "holds other parameters"
     yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter: FileNotFoundError"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: FileNotFoundError"
