@@ -61,9 +61,8 @@ def main() -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with reading(f"--results {args.results}"), open(args.results, "a+", encoding="utf-8") as file:
         file.seek(0)
-        earlier = [json.loads(line) for line in file] if args.resume else []
-        same = [line for line in earlier if not differences(line, vars(args))]
-        earlier = {(line["target"], line["seed"]): line for line in same}
+        kept = map(json.loads, file) if args.resume else []
+        earlier = {(line["target"], line["seed"]): line for line in kept if not differences(line, vars(args))}
     lines = []
     for language, (train, test) in data.items():
         words = sum(len(sentence.words) for sentence in train + test)
@@ -93,9 +92,9 @@ def main() -> None:
                     "seconds": time.perf_counter() - began}
             lines.append(line)
             types = " ".join(f"{name} {f1:.2f}" for name, f1 in line["types"].items())
-            print(f"{language} seed {seed}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  R {line['recall']:.2f}  "
-                  f"({types})  updated {updated:,} of {parameters:,} ({updated / parameters:.4%})  "
-                  f"cached {cached_gb:.2f} GB  {line['seconds']:.1f} s")
+            print(f"{language} seed {seed}: F1 {line['f1']:.2f}  P {line['precision']:.2f}  "
+                  f"R {line['recall']:.2f}  ({types})  updated {updated:,} of {parameters:,} "
+                  f"({line['share']:.4%})  cached {cached_gb:.2f} GB  {line['seconds']:.1f} s")
             if folder:
                 with whole_folder(folder, "tuned.json") as new:
                     save_file(tuned, new / "tuned.safetensors")
