@@ -1,7 +1,7 @@
 """The model of §4, h(g(f(x; θp); θa); θh), and the names of its three sets of parameters.
 
-f is any encoder that `AutoModel` loads, g one adapter after its last layer, h a linear head on every word; in the
-place of g, θa may be inside of f (`pe`). Nothing here knows of data or of training.
+f is any encoder that `AutoModel` loads, g one adapter after its last layer, h a linear head on every word; in
+the place of g, θa may be inside of f (`pe`). Nothing here knows of data or of training.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Adapter(nn.Module):
 class Tagger(nn.Module):
     """An encoder and a head of `num_tags` classes, and what `pe` names as θa:
 
-    adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and one after
-    the feed-forward block of every layer, before the skip connection (§4; Houlsby et al. 2019). bitfit: the
-    biases of the encoder (Ben Zaken et al. 2022). lora: low-rank updates of the matrices that `peft` chooses,
-    α = 2 · rank (Hu et al. 2022). None: nothing. `bottleneck` is the width of an adapter, 64 unless given, or
-    the rank of LoRA, 8. Raises ValueError where the encoder has no such parts.
+    adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and one
+    after the feed-forward block of every layer, before the skip connection (§4; Houlsby et al. 2019).
+    bitfit: the biases of the encoder (Ben Zaken et al. 2022). lora: low-rank updates of the matrices that
+    `peft` chooses, scaled by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of an adapter, 64
+    unless given, or the rank of LoRA, 8. Raises ValueError where the encoder has no such parts.
 
     The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler that some encoders carry
     cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
@@ -72,7 +72,7 @@ class Tagger(nn.Module):
         self.bf16 = bf16
         self.adapter = Adapter(hidden, bottleneck or 64) if pe == "adapter" else nn.Identity()
         ends = ("output.dense", "out_lin", "lin2", "Wo")  # of a block, in the names of BERT and its kin
-        blocks = [module for name, module in encoder.named_modules() if pe == "houlsby" and name.endswith(ends)]
+        blocks = [part for name, part in encoder.named_modules() if pe == "houlsby" and name.endswith(ends)]
         self.adapters = nn.ModuleList(Adapter(hidden, bottleneck or 64) for _ in blocks)
         for block, adapter in zip(blocks, self.adapters):
             block.register_forward_hook(adapter.hook)
@@ -97,7 +97,8 @@ class Tagger(nn.Module):
 
     def save_encoder(self, folder: Path) -> None:
         """Writes what `AutoModel` reads: the encoder without what LoRA and the adapters have added to it."""
-        state = {n.replace(".base_layer", ""): p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
+        state = {n: p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
+        state = {n.replace(".base_layer", ""): p for n, p in state.items()}
         self.encoder.save_pretrained(folder, state_dict=state)
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:

@@ -43,7 +43,7 @@ def prime(
     hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
     report: Callable[[list[float]], None] = lambda query_losses: None,
 ) -> tuple[Parameters, Parameters]:
-    """Algorithm 1, with the meta-gradient of §4.2, first-order or exact. θp, θa and θh are moved in place.
+    """Algorithm 1, with the first-order meta-gradient of §4.2 or the exact one; moves all θ in place.
 
     theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which require
         gradients. A parameter in none of them is a constant.
@@ -52,8 +52,8 @@ def prime(
     loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     maml: the paper's ablation, MAML proper: the inner loop also moves the task's copy of θp.
-    second_order: the exact meta-gradient, through the inner loop. A fused attention kernel, which has no second
-        derivative, raises RuntimeError in an inner step: take `attn_implementation="eager"`.
+    second_order: the exact meta-gradient, through the inner loop. A fused attention kernel has no second
+        derivative and raises RuntimeError: take `attn_implementation="eager"`.
     hoist: gives back the support sets, or the query sets, of all tasks with f(x; θp) in the place of x, for
         `loss` to accept; ignored with `maml`. For a model in which θa and θh come after all of θp, with no
         dropout in θp's part.
