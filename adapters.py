@@ -49,49 +49,54 @@ class Adapter(nn.Module):
 
 
 class Tagger(nn.Module):
-    """An encoder and a head of `num_tags` classes, and what `pe` names as θa:
+    """An encoder, a head of `num_tags` classes, and what `pe` names as θa:
 
     adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and one
     after the feed-forward block of every layer, before the skip connection (§4; Houlsby et al. 2019).
-    bitfit: the biases of the encoder (Ben Zaken et al. 2022). lora: low-rank updates of the matrices that
-    `peft` chooses, scaled by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of an adapter, 64
-    unless given, or the rank of LoRA, 8. Raises ValueError where the encoder has no such parts.
+    bitfit: the biases of the encoder (Ben Zaken et al. 2022). lora: updates of the matrices for queries and
+    values, scaled by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of the adapters and the
+    rank of LoRA. Raises ValueError where the encoder has no parts that we know for it.
 
     The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler that some encoders carry
     cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
     """
 
-    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter",
-                 bottleneck: int | None = None, bf16: bool = False):
+    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter", bottleneck: int = 64,
+                 bf16: bool = False):
         super().__init__()
         hidden = encoder.config.hidden_size
-        self.encoder, self.pe = encoder, pe
+        self.encoder, self.pe, self.bf16 = encoder, pe, bf16
+        self.on_top = pe in (None, "adapter")  # θa, if there is any, comes after all of θp
         after_padding = (getattr(encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's way
         starts = {"bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding}
         self.first_position = starts.get(encoder.config.model_type)  # None: not known, so we do not pack
-        self.bf16 = bf16
-        self.adapter = Adapter(hidden, bottleneck or 64) if pe == "adapter" else nn.Identity()
-        ends = ("output.dense", "out_lin", "lin2", "Wo")  # of a block, in the names of BERT and its kin
-        blocks = [part for name, part in encoder.named_modules() if pe == "houlsby" and name.endswith(ends)]
-        self.adapters = nn.ModuleList(Adapter(hidden, bottleneck or 64) for _ in blocks)
-        for block, adapter in zip(blocks, self.adapters):
-            block.register_forward_hook(adapter.hook)
+        self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
+        if pe == "houlsby":
+            ends = ("output.dense", "out_lin", "lin2", "Wo", "attn.o")  # of a block, in the kin of BERT
+            blocks = [module for name, module in encoder.named_modules() if name.endswith(ends)]
+            if len(blocks) != 2 * encoder.config.num_hidden_layers:
+                raise ValueError(f"{encoder.config.model_type} has not two blocks a layer that we know")
+            self.adapters = nn.ModuleList(Adapter(hidden, bottleneck) for _ in blocks)
+            for block, adapter in zip(blocks, self.adapters):
+                block.register_forward_hook(adapter.hook)
         if pe == "lora":
             from peft import LoraConfig, inject_adapter_in_model
 
-            inject_adapter_in_model(LoraConfig(r=bottleneck or 8, lora_alpha=2 * (bottleneck or 8)), encoder)
+            matrices = ["query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
+            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=matrices)
+            inject_adapter_in_model(config, encoder)
             self.requires_grad_()  # peft freezes the rest
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if pe and (not self.sets()[1] or len(blocks) % (2 * encoder.config.num_hidden_layers)):
-            raise ValueError(f"{encoder.config.model_type} has no parts that we know for --pe {pe}")
+        if pe == "bitfit" and not self.sets()[1]:
+            raise ValueError(f"{encoder.config.model_type} has no biases")
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
         theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
         theta_h = {n: theta.pop(n) for n in [*theta] if n.startswith("head.")}
-        named = {"bitfit": r".*\.bias$", "lora": r".*\.lora_"}.get(self.pe, "adapter")
+        named = {"bitfit": r".*bias$", "lora": r".*\.lora_"}.get(self.pe, r"adapters?\.")
         theta_a = {n: theta.pop(n) for n in [*theta] if re.match(named, n)}
         return theta, theta_a, theta_h
 

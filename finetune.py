@@ -67,8 +67,6 @@ def main() -> None:
     for language, (train, test) in data.items():
         words = sum(len(sentence.words) for sentence in train + test)
         gigabytes = words * encoder.config.hidden_size * 4 / 1e9  # of f(x; θp) in float32
-        fixed = args.tune == "head" or args.tune == "adapter" and args.pe == "adapter"
-        cached_gb = gigabytes if fixed and gigabytes <= args.cache_gb else 0.0
         for seed in dict.fromkeys(args.seeds):
             folder = args.save and args.save / f"{language}-{seed}"
             if (language, seed) in earlier and (not folder or (folder / "tuned.json").exists()):
@@ -76,6 +74,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             model, tuned = start(args, encoder, len(args.tags), seed)
+            fixed = model.on_top and args.tune != "full"
+            cached_gb = gigabytes if fixed and gigabytes <= args.cache_gb else 0.0
             if cached_gb and isinstance(test[0].x, list):
                 with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
                     train, test = model.hoist([train, test])
@@ -145,7 +145,7 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
         batches += [order[begin : begin + size] for begin in range(0, len(order), size)]
     optimizer, schedule = adamw(tuned.values(), args.lr, len(batches))
-    model.train(args.tune == "full")  # dropout is for what fine-tuning moves
+    model.train(args.tune == "full")  # dropout is for plain fine-tuning
     for batch in (bar := tqdm(batches, f"fine-tuning, seed {seed}", unit="step", disable=None)):
         optimizer.zero_grad()
         loss = tag_loss(model, batch)

@@ -279,7 +279,7 @@ def main() -> None:
     args.weights_checksum = sum(zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters())
     with reading(f"--pe {args.pe} (lora: pip install peft), --bottleneck {args.bottleneck}, {args.device}"):
         model = Tagger(encoder, len(args.tags), args.pe, args.bottleneck, args.bf16).to(args.device).eval()
-    hoist = model.hoist if args.pe == "adapter" and args.method != "maml" else None  # else θi is in all of f
+    hoist = model.hoist if model.on_top and args.method != "maml" else None  # else f changes with θi
     if args.second_order and not hoist:
         encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     theta_p, theta_a, theta_h = model.sets()
@@ -409,8 +409,8 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder; paper: mBERT")
     flag("--data", default="unimelb-nlp/wikiann", help="WikiAnn on the hub or a folder, in README's layouts")
     flag("--pe", choices=["adapter", "houlsby", "bitfit", "lora"], default="adapter",
-         help="θa: an adapter on top (the paper's), adapters in every layer, the encoder's biases, LoRA")
-    flag("--bottleneck", type=positive(int), help="of adapters, 64 if not given (paper: 64); LoRA's rank, 8")
+         help="θa: an adapter on top, as in the paper; adapters in every layer; the encoder's biases; LoRA")
+    flag("--bottleneck", type=positive(int), default=64, help="of an adapter, paper: 64; the rank of LoRA")
     flag("--max-length", type=positive(int), default=128, help="word pieces of a sentence; paper: not said")
     flag("--limit-train", type=positive(int), metavar="N", help="first N sentences of each training split")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")

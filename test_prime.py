@@ -505,18 +505,22 @@ def test_ft_priming_draws_the_sentences_of_the_tasks():
         assert [([], task) for task in tasks] == prime.sample_tasks(corpora, ft, step)
 
 
-@pytest.mark.parametrize("architecture", ["the demo's", "Roberta", "XLMRoberta", "DistilBert", "Electra", "ModernBert"])
-def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
+def random_encoder(architecture, pieces):
     import transformers
 
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    sizes = dict(hidden_size=16, dim=16, num_hidden_layers=2, n_layers=2, num_attention_heads=2, n_heads=2,
+                 intermediate_size=32, hidden_dim=32)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=pieces, **special, **sizes)
+    return transformers.AutoModel.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize("architecture", ["the demo's", "Roberta", "XLMRoberta", "DistilBert", "Electra", "ModernBert"])
+def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
     encoder, tokenizer, sentences = demo
     if architecture != "the demo's":
-        special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
-        sizes = dict(**special, hidden_size=16, dim=16, num_hidden_layers=2, n_layers=2, num_attention_heads=2, n_heads=2)
-        config = getattr(transformers, f"{architecture}Config")(vocab_size=len(tokenizer), intermediate_size=32,
-                                                                hidden_dim=32, **sizes)
-        torch.manual_seed(0)
-        encoder = transformers.AutoModel.from_config(config).double().eval()
+        encoder = random_encoder(architecture, len(tokenizer))
     model = adapters.Tagger(encoder, 7).double().eval()
     assert (model.first_position is None) == (architecture in ("Electra", "ModernBert"))  # these are not packed
     chosen = [*sentences[:290], max(sentences, key=lambda sentence: len(sentence.x))]
@@ -724,27 +728,34 @@ def test_counts_of_parameters_are_right_for_mbert(pe):
 
     with torch.device("meta"):
         encoder = transformers.BertModel(transformers.BertConfig(vocab_size=119_547))
-        theta_p, theta_a, theta_h = adapters.Tagger(encoder, 7, pe).sets()
+        theta_p, theta_a, theta_h = adapters.Tagger(encoder, 7, pe, 8 if pe == "lora" else 64).sets()
     count = [sum(p.numel() for p in part.values()) for part in (theta_p, theta_a, theta_h)]
     pretrained = 177_853_440 - 590_592
     assert count == [pretrained - (IN_THETA_A[pe] if pe == "bitfit" else 0), IN_THETA_A[pe], 768 * 7 + 7]
     assert f"| `{pe}` | {IN_THETA_A[pe]:,} |" in (HERE / "README.md").read_text()
 
 
-def test_houlsby_stands_after_each_block_and_before_the_skip_connection(demo):
+@pytest.mark.parametrize(
+    "architecture, ends",
+    [("Bert", ["attention.output.dense", "output.dense"]), ("Roberta", ["attention.output.dense", "output.dense"]),
+     ("Electra", ["attention.output.dense", "output.dense"]), ("DistilBert", ["attention.out_lin", "ffn.lin2"]),
+     ("MPNet", ["attention.attn.o", "output.dense"])],
+)
+def test_houlsby_stands_after_each_block_and_before_the_skip_connection(architecture, ends):
     """An adapter that adds a constant is a block whose last bias is larger by it."""
-    model = adapters.Tagger(copy.deepcopy(demo[0]), 7, "houlsby", 8).double().eval()
-    plain = copy.deepcopy(demo[0])
-    blocks = [block for layer in plain.encoder.layer for block in (layer.attention.output.dense, layer.output.dense)]
+    plain, changed = random_encoder(architecture, 50), random_encoder(architecture, 50)
+    model = adapters.Tagger(copy.deepcopy(plain), 7, "houlsby", 8).double().eval()
+    named = dict(changed.named_modules())
+    blocks = [block for k in range(2) for end in ends for name, block in named.items() if name.endswith(f"layer.{k}.{end}")]
     with torch.no_grad():
         for adapter, block in zip(model.adapters, blocks, strict=True):
             adapter.up.weight.zero_()
-            adapter.up.bias.copy_(torch.randn(len(adapter.up.bias)))
+            adapter.up.bias.copy_(torch.randn(16))
             block.bias.add_(adapter.up.bias)
-    ids = torch.tensor([demo[2][0].x])
-    expected = plain(input_ids=ids).last_hidden_state
+    ids = torch.arange(2, 12)[None]
+    expected = changed(input_ids=ids).last_hidden_state
     torch.testing.assert_close(model.encoder(input_ids=ids).last_hidden_state, expected, rtol=0, atol=1e-12)
-    assert (expected - demo[0](input_ids=ids).last_hidden_state).abs().max() > 0.1
+    assert (expected - plain(input_ids=ids).last_hidden_state).abs().max() > 0.1
 
 
 @EXTRA
@@ -1586,10 +1597,10 @@ def broken_folders(tmp_path, primed):
     sizes = dict(vocab_size=1429, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(gpt)
     yield ["--init", "none", "--model", gpt], "gpt2 is no encoder"
-    funnel = copied("funnel", without=["*.safetensors", "config.json"])
-    sizes = dict(vocab_size=1429, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1])
-    transformers.FunnelModel(transformers.FunnelConfig(**sizes)).save_pretrained(funnel)
-    yield ["--init", "none", "--model", funnel, "--pe", "houlsby"], "funnel has no parts that we know for --pe houlsby"
+    fnet = copied("fnet", without=["*.safetensors", "config.json"])  # its layers have no attention
+    sizes = dict(vocab_size=1429, hidden_size=16, num_hidden_layers=2, intermediate_size=32)
+    transformers.FNetModel(transformers.FNetConfig(**sizes)).save_pretrained(fnet)
+    yield ["--init", "none", "--model", fnet, "--pe", "houlsby"], "fnet has not two blocks a layer that we know"
     yield ["--init", edited("pe", "priming.json", lambda data: data.replace(b'"pe": "adapter"', b'"pe": "houlsby"'))], "holds other parameters"
     yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter: FileNotFoundError"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: FileNotFoundError"

@@ -25,7 +25,7 @@ NAMES = {"meta": "Algorithm 1", "maml": "MAML loop"}
 def query_loss(method: str, rate: str, args: argparse.Namespace, rest: list[str]) -> float:
     """What a run of prime.py ends with; NaN if it was stopped by a loss that is not finite."""
     output = args.output / f"{method}-{rate}"
-    flags = ["--method", method, "--inner-lr", rate, "--steps", str(args.steps), "--tasks", str(args.tasks), *rest]
+    flags = [*rest, "--method", method, "--inner-lr", rate, "--steps", str(args.steps), "--tasks", str(args.tasks)]
     command = [sys.executable, str(ROOT / "prime.py"), *flags, "--output", str(output), "--resume"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -44,7 +44,7 @@ def draw(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "inner_rate"  # the same picture has the same bytes
     from matplotlib import pyplot
 
-    rates, top = [float(rate) for rate in RATES], 1.05 * max(x for row in losses.values() for x in row if x == x)
+    rates, top = [float(rate) for rate in RATES], 1.05 * max((x for row in losses.values() for x in row if x == x), default=1)
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for (method, row), color in zip(losses.items(), ("#0072b2", "#d55e00")):
         axes.plot(rates, row, "o-", color=color, label=NAMES[method])
@@ -57,7 +57,7 @@ def draw(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="meta steps of each run")
+    parser.add_argument("--steps", type=int, default=40, help="meta steps of each run")
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("inner_rate"), help="folder for the primed folders")
     parser.add_argument("--picture", type=Path, default=Path(__file__).with_suffix(".svg"))

@@ -32,11 +32,11 @@ model = nn.Sequential(OrderedDict(
     below=nn.Sequential(nn.Linear(1, 40), nn.ReLU()),
     adapter=nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 40)),
     above=nn.Sequential(nn.Linear(40, 40), nn.ReLU()), head=nn.Linear(40, 1)))
-not_primed, steps = copy.deepcopy(model), 2000
+not_primed, meta_steps = copy.deepcopy(model), 2000
 theta_p, theta_a, theta_h = ({n: p for n, p in model.named_parameters() if n.startswith(part)}
                              for part in (("below", "above"), "adapter", "head"))
-optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], lr=3e-3, steps=steps)
-batches = ([draw_task()[:2] for _ in range(4)] for _ in range(steps))
+optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], lr=3e-3, steps=meta_steps)
+batches = ([draw_task()[:2] for _ in range(4)] for _ in range(meta_steps))
 prime(model, theta_p, theta_a, theta_h, batches, loss, optimizer, schedule, inner_lr=0.01)
 
 waves = [draw_task() for _ in range(50)]
