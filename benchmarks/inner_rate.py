@@ -48,7 +48,9 @@ def draw(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for (method, row), color in zip(losses.items(), ("#0072b2", "#d55e00")):
         axes.plot(rates, row, "o-", color=color, label=NAMES[method])
-        axes.plot(rates, [math.nan if x == x else top for x in row], "x", color=color)
+        stopped = [math.nan if x == x else top for x in row]
+        label = f"{NAMES[method]}, stopped: not finite" if any(x == x for x in stopped) else None
+        axes.plot(rates, stopped, "x", color=color, label=label)
     axes.axvline(0.03, color="0.8", zorder=0, label="the paper's α")
     axes.set(xscale="log", xlabel="inner rate α", ylabel=f"query loss after {args.steps} meta steps", ylim=(0, None))
     axes.legend(frameon=False)
