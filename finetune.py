@@ -36,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling to 0; paper: not said")
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
     flag("--seeds", type=positive(int, or_zero=True), nargs="+", default=[0], help="a run for each")
-    flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of each test split")
+    flag("--split", choices=["test", "validation"], default="test", help="what is scored")
+    flag("--limit-test", type=positive(int), metavar="N", help="first N sentences of what is scored")
     flag("--cache-gb", type=positive(float, or_zero=True), default=4.0,
          help="memory for f(x; θp), where θp stays; what needs more is encoded in every epoch")
     flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line")
@@ -55,7 +56,7 @@ def main() -> None:
     data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
         train = [] if args.score else load(args, tokenizer, language, "train")
-        data[language] = train, load(args, tokenizer, language, "test")
+        data[language] = train, load(args, tokenizer, language, args.split)
     for folder in [args.save / f"{language}-{seed}" for language in data for seed in args.seeds if args.save]:
         claim(folder, "tuned.json")
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def resolve(args: argparse.Namespace) -> None:
     """Puts into `args` the settings recorded in the folders that --score and --init name."""
     kept, args.priming = {}, None
     if args.score:
-        own = {*NO_SAY, "score", "data", "limit_test", "versions", "priming"}
+        own = {*NO_SAY, "score", "data", "split", "limit_test", "versions", "priming"}
         with reading(f"--score {args.score}"):
             kept = json.loads((args.score / "tuned.json").read_text())
             vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])

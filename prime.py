@@ -206,7 +206,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Sente
 def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) -> list[Sentence]:
     """The sentences of a split, for training those that have a word piece; `args.tags` names their tags."""
     with reading(f"--data {args.data} (offline: a folder), {language} {split}"):
-        rows, names = read_split(args.data, language, split, vars(args)[f"limit_{split}"])
+        limit = args.limit_train if split == "train" else args.limit_test
+        rows, names = read_split(args.data, language, split, limit)
         if names != vars(args).setdefault("tags", names):
             raise BadInput(f"{args.data}, {language} {split}: the tags are {names}, elsewhere {args.tags}")
         sentences = tokenize(rows, tokenizer, args.max_length)

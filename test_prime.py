@@ -1085,6 +1085,18 @@ def test_saved_pair_scores_the_same(row, table, tmp_path):
     assert {key: again[key] for key in again.keys() - free} == {key: line[key] for key in line.keys() - free}
 
 
+def test_split_chooses_what_is_scored(table, tmp_path):
+    """The validation split under the name of the test split has the same score; the test split has another."""
+    shutil.copytree(HERE / "demo/wikiann/hi", tmp_path / "data/hi")
+    shutil.copy(HERE / "demo/wikiann/hi/validation.txt", tmp_path / "data/hi/test.txt")
+    flags = ["--tgt", "hi", "--score", table[4][0] / "tuned/hi-1", "--results", tmp_path / "r.jsonl"]
+    command("finetune.py", *flags, "--data", "demo/wikiann", "--split", "validation")
+    command("finetune.py", *flags, "--data", tmp_path / "data")
+    command("finetune.py", *flags, "--data", "demo/wikiann")
+    validation, renamed, test = ((line["f1"], line["test_sentences"]) for line in read_lines(tmp_path / "r.jsonl"))
+    assert validation == renamed != test
+
+
 def test_a_saved_pair_is_held_to_its_base(table, tmp_path):
     shutil.copytree(table[4][0] / "tuned/hi-0", tmp_path / "hi-0")
     kept = json.loads((tmp_path / "hi-0/tuned.json").read_text())
