@@ -28,10 +28,11 @@ def loss(f, batch):
 
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # so small a model gains nothing from more
 model = nn.Sequential(OrderedDict(
-    below=nn.Sequential(nn.Linear(1, 40), nn.ReLU()),
-    adapter=nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 40)),
-    above=nn.Sequential(nn.Linear(40, 40), nn.ReLU()), head=nn.Linear(40, 1)))
+    below=nn.Sequential(nn.Linear(1, 40), nn.Tanh()),
+    adapter=nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 40)),
+    above=nn.Sequential(nn.Linear(40, 40), nn.Tanh()), head=nn.Linear(40, 1)))
 not_primed, meta_steps = copy.deepcopy(model), 2000
 theta_p, theta_a, theta_h = ({n: p for n, p in model.named_parameters() if n.startswith(part)}
                              for part in (("below", "above"), "adapter", "head"))
