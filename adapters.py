@@ -101,7 +101,7 @@ class Tagger(nn.Module):
         return theta, theta_a, theta_h
 
     def save_encoder(self, folder: Path) -> None:
-        """Writes what `AutoModel` reads: the encoder without what LoRA and the adapters have added to it."""
+        """Writes what `AutoModel` reads: the encoder without what LoRA has added to it."""
         state = {n: p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
         state = {n.replace(".base_layer", ""): p for n, p in state.items()}
         self.encoder.save_pretrained(folder, state_dict=state)
