@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     flag("--init", default="primed",
          help="a folder that prime.py wrote (rows 4 to 7), or none: --model and a random θa (rows 1 to 3)")
     flag("--epochs", type=positive(int), default=10, help="paper: not said")
-    flag("--lr", type=positive(float), default=1e-3, help="of AdamW, falling to 0; paper: not said")
+    flag("--min-steps", type=positive(int, or_zero=True), default=0, metavar="N",
+         help="more epochs than --epochs where it takes them: for targets of few sentences")
+    flag("--lr", type=positive(float), default=3e-3, help="of AdamW, falling to 0; paper: not said")
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
     flag("--seeds", type=positive(int, or_zero=True), nargs="+", default=[0], help="a run for each")
     flag("--split", choices=["test", "validation"], default="test", help="what is scored")
@@ -141,10 +143,11 @@ def start(args: argparse.Namespace, encoder: nn.Module, tags: int, seed: int) ->
 
 def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
     """Fine-tunes the parameters `tuned`."""
-    size, batches = args.batch_size, []
-    for epoch in range(args.epochs):
+    size, batches, epoch = args.batch_size, [], 0
+    while epoch < args.epochs or len(batches) < args.min_steps:
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
         batches += [order[begin : begin + size] for begin in range(0, len(order), size)]
+        epoch += 1
     optimizer, schedule = adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
     for batch in (bar := tqdm(batches, f"fine-tuning, seed {seed}", unit="step", disable=None)):

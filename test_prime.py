@@ -699,7 +699,8 @@ def test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning(dem
         assert len(modes["tasks"]) == 3 * 4 and all((s == 0) == (method == "ft") for s, _ in modes["tasks"])
     monkeypatch.setattr(finetune, "tag_loss", spy_loss)
     for tune in ("adapter", "head", "full"):
-        args = Namespace(tune=tune, pe="adapter", init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, batch_size=8, lr=1e-2)
+        args = Namespace(tune=tune, pe="adapter", init="none", bottleneck=8, bf16=False, device="cpu", epochs=1, min_steps=0, batch_size=8,
+                         lr=1e-2)
         model, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), 7, seed=0)
         assert not any(module.training for module in model.double().modules())  # sentences are encoded now
         finetune.tune(args, model, tuned, demo[2][:8], seed=0)
@@ -1024,7 +1025,8 @@ def test_row_updates_exactly_its_parameters(row, table, theta):
 def test_fine_tuning_leaves_the_rest_bit_identical(moves, demo):
     encoder, _, sentences = demo
     tune, pe = (moves, None) if moves in ("full", "head") else ("adapter", moves)
-    args = Namespace(tune=tune, pe=pe, init="none", bottleneck=8, bf16=False, device="cpu", epochs=2, batch_size=8, lr=1e-2)
+    args = Namespace(tune=tune, pe=pe, init="none", bottleneck=8, bf16=False, device="cpu", epochs=2, min_steps=0, batch_size=8,
+                     lr=1e-2)
     model, tuned = finetune.start(args, copy.deepcopy(encoder), 7, seed=0)
     model.double()
     before = copy.deepcopy(model.state_dict())
@@ -1050,13 +1052,21 @@ def test_features_are_computed_once_unless_they_exceed_the_cache(table, tmp_path
     assert [line["cached_gb"] for line in kept + computed] == 2 * [words * 64 * 4 / 1e9] + 2 * [0]
 
 
+def test_few_sentences_get_the_epochs_that_make_the_steps(tmp_path):
+    base = ["finetune.py", "--tgt", "hi", *DEMO, *SMALL_TUNING, "--init", "none", "--results", tmp_path / "r.jsonl"]
+    for name, epochs, steps in (("four steps", 2, 0), ("three at least", 1, 3), ("two", 1, 2)):
+        command(*base, "--epochs", epochs, "--min-steps", steps, "--save", tmp_path / name)
+    four, three, two = (tensors(tmp_path / name / "hi-0", "tuned.safetensors") for name in ("four steps", "three at least", "two"))
+    assert not moved(four, three) and moved(four, two) == four.keys()
+
+
 def test_results_have_every_setting_and_the_table_its_means(table):
     folder, stdout = table[4]
     lines = read_lines(folder / "results.jsonl")
     assert [(line["target"], line["seed"], line["tune"]) for line in lines] == [("hi", 0, "adapter"), ("hi", 1, "adapter")]
     assert all(line["init"] == str(folder / "primed") and line["model"] == "demo/encoder" for line in lines)
     assert {"precision", "recall", "types", "max_length", "data", "seconds", "priming"} <= lines[0].keys()
-    told = {"epochs": 2, "batch_size": 16, "lr": 1e-3, "train_sentences": 30, "test_sentences": 30}
+    told = {"epochs": 2, "batch_size": 16, "lr": 3e-3, "train_sentences": 30, "test_sentences": 30}
     assert told.items() <= lines[0].items()
     scores = [line["f1"] for line in lines]
     row = stdout.splitlines()[-1].split()
@@ -1736,7 +1746,7 @@ def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
     command("prime.py", "--src", "en", "es", *DEMO, "--outer-lr", 1e-3, "--steps", 200, "--output", tmp_path / "primed")
     scores = {}
     for init in ("none", tmp_path / "primed"):
-        flags = ["--epochs", 10, "--seeds", 0, 1, 2, 3, 4, "--results", tmp_path / "results.jsonl", "--init", init]
+        flags = ["--lr", 1e-3, "--seeds", 0, 1, 2, 3, 4, "--results", tmp_path / "results.jsonl", "--init", init]
         command("finetune.py", "--tgt", "hi", *DEMO, *flags)
     for line in read_lines(tmp_path / "results.jsonl"):
         scores.setdefault(line["seed"], []).append(line["f1"])
