@@ -1563,6 +1563,44 @@ def test_the_plot_of_the_inner_rate_shows_what_the_runs_ended_with(monkeypatch, 
     assert ours[5] == f"{statistics.mean(losses) / 2:.3f}"
 
 
+def test_table_1_is_what_its_runs_found(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
+    shutil.copytree("demo/wikiann", tmp_path / "data")
+    train, test = (tmp_path / "data/hi" / f"{split}.txt" for split in ("train", "test"))
+    repeated = "\n\n".join(train.read_text().split("\n\n")[:7])
+    test.write_text(f"{repeated}\n\n{test.read_text()}")
+
+    def in_this_process(words, **_):
+        small = ["--limit-train", 50, "--support", 4, "--query", 4] if words[1].endswith("prime.py") else []
+        command(Path(words[1]).name, *words[2:], *small)
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    flags = ["--model", "demo/encoder", "--data", tmp_path / "data", "--tgt", "hi", "af", "--rows", 1, 3, 4, 5, "--one-seed", 1,
+             "--seeds", 0, 1, "--steps", 2, "--limit-train", 100, "--limit-test", 40, "--distinct", "hi", "--output", tmp_path / "t"]
+    told = [command("benchmarks/table1.py", *flags, "--picture", tmp_path / name).stdout for name in ("one.svg", "two.svg")]
+    assert told[0] == told[1] and (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    f1 = {row: {(line["target"], line["seed"]): line["f1"] for line in read_lines(tmp_path / f"t/row-{row}/official.jsonl")}
+          for row in (1, 3, 4, 5)}
+    assert [len(of_row) for of_row in f1.values()] == [2, 4, 4, 4]  # nothing twice
+
+    def cells(values, digits):
+        columns = [[values[target, seed] for seed in (0, 1)] for target in ("hi", "af")]
+        columns.append([statistics.mean(pair) for pair in zip(*columns)])
+        return [f"{statistics.mean(column):.{digits}f} ± {statistics.stdev(column):.{digits}f}" for column in columns]
+
+    rows = [line.strip("| ").split(" | ") for line in told[0].splitlines()]
+    assert ["4 Meta Priming → AT", *cells(f1[4], 2)] in rows
+    assert ["4 − 5", *cells({key: f1[4][key] - f1[5][key] for key in f1[4]}, 2)] in rows
+    ends = {target: (statistics.mean(f1[3][target, seed] for seed in (0, 1)), f1[1][target, 0]) for target in ("hi", "af")}
+    shares = {key: 100 * (f1[4][key] - ends[key[0]][0]) / (ends[key[0]][1] - ends[key[0]][0]) for key in f1[4]}
+    assert ["Meta Priming → AT", *cells(shares, 0)] in rows
+    assert "hi: 7 of 40 test sentences are training sentences too" in told[0]
+    lines = read_lines(tmp_path / "t/row-4/distinct.jsonl")
+    assert [(line["target"], line["seed"], line["test_sentences"]) for line in lines] == [("hi", 0, 33)]
+    assert ["4 Meta Priming → AT", *2 * [f"{lines[0]['f1'] - f1[4]['hi', 0]:.2f}"]] in rows
+
+
 @pytest.mark.parametrize("text", [b"a\tO\r\nb\tB-LOC\r\n\r\nc\tO\r\n", b"\n\na\tO\nb\tB-LOC\n\n\nc\tO", "a\tO\nb\tB-LOC\n\nc\tO\n".encode()])
 def test_line_ends_of_all_kinds_are_accepted(text, tmp_path):
     (tmp_path / "hi").mkdir()

@@ -1,0 +1,170 @@
+"""Table 1: seven settings × targets × seeds, by the commands that a user would type.
+
+    python benchmarks/table1.py --model ENCODER --data WIKIANN --tgt nl hi af et
+
+Without flags it is the paper's table: mBERT and the whole of WikiAnn, from the hub. A seed is that of priming and of
+fine-tuning alike. What is done is not done again: stop it and start it again, or let a second process do other rows
+into the same --output meanwhile. Prints mean ± standard deviation over the seeds; the share of the gap between AT
+(row 3) and Full FT (row 1) that each priming closes; and the differences between row 4 and the others, seed by seed.
+Draws the shares to table1.svg, with the seeds as dots (matplotlib, in benchmarks/requirements.txt). Flags that this
+script does not know go to `prime.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from prime import read_split  # noqa: E402
+
+NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT", 6: "MP [MAML Loop] → AT",
+         7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}  # row 8: not in the paper
+PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", "1"], 8: ["--inner-steps", "50"]}
+FEW = ["--min-steps", "750"]  # on the validation splits, settings without priming gain by it on 400 sentences
+TUNING = {1: ["--tune", "full", "--lr", "5e-5", "--epochs", "3", *FEW], 2: ["--tune", "head", "--lr", "3e-2", *FEW], 3: FEW}
+
+
+def run(script: str, *flags: object) -> None:
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    print("$", *command, file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    if status := subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(status)
+    print(f"# {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def measure(row: int, args: argparse.Namespace) -> list[dict]:
+    """The lines of `finetune.py` for a row, one for each target, seed and split; does what is not done yet."""
+    folder, base = args.output / f"row-{row}", ["--model", args.model, "--data", args.data]
+    official, distinct = folder / "official.jsonl", folder / "distinct.jsonl"
+    limits = [word for name in ("train", "test") if (limit := vars(args)[f"limit_{name}"])
+              for word in (f"--limit-{name}", limit)]
+    keep = ["--save", folder / "tuned"] if args.distinct else []
+    seeds = args.seeds[:1] if row in args.one_seed else args.seeds
+    inits = {folder / f"primed-{seed}": [seed] for seed in seeds} if row in PRIMING else {"none": seeds}
+    for init, of_init in inits.items():
+        if not found(official).keys() >= {(target, seed) for target in args.tgt for seed in of_init}:
+            if row in PRIMING:
+                run("prime.py", "--src", *args.src, *base, *args.priming, *PRIMING[row], "--seed", *of_init,
+                    "--output", init, "--resume")
+            run("finetune.py", "--tgt", *args.tgt, *base, *TUNING.get(row, []), *limits, "--init", init,
+                "--seeds", *of_init, *keep, "--results", official, "--resume")
+        for target in args.distinct if seeds[0] in of_init else []:
+            if (target, seeds[0]) not in found(distinct):
+                run("finetune.py", "--tgt", target, *base[:2], "--data", args.output / "distinct", "--init", init,
+                    "--score", folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
+    return [{**line, "row": row, "split": path.stem} for path in (official, distinct)
+            for (target, seed), line in found(path).items() if target in args.tgt and seed in seeds]
+
+
+def found(results: Path) -> dict[tuple[str, int], dict]:
+    """The lines of a file of results."""
+    lines = map(json.loads, results.read_text().splitlines() if results.exists() else [])
+    return {(line["target"], line["seed"]): line for line in lines}
+
+
+def write_distinct(target: str, args: argparse.Namespace) -> None:
+    """Writes the test split without the sentences that the training split has too, for `finetune.py --data`."""
+    train, _ = read_split(args.data, target, "train", args.limit_train)
+    test, names = read_split(args.data, target, "test", args.limit_test)
+    known = {tuple(words) for words, _ in train}
+    rows = [row for row in test if tuple(row[0]) not in known]
+    sentences = ["".join(f"{word}\t{names[tag]}\n" for word, tag in zip(*row)) for row in rows]
+    folder = args.output / "distinct" / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.txt").write_text("\n".join(sentences), encoding="utf-8")
+    print(f"{target}: {len(test) - len(rows)} of {len(test)} test sentences are training sentences too")
+
+
+def print_table(title: str, values: pandas.DataFrame, targets: list[str], form: str = ".2f") -> None:
+    """A line for each column of `values`: over the seeds, for each target and for the mean of the targets."""
+    groups = {target: values.loc[target] for target in targets if target in values.index}
+    groups["mean"] = values.groupby("seed").mean()
+    print(f"\n| {title} | {' | '.join(groups)} |\n|{'---|' * (len(groups) + 1)}")
+    for name in values:
+        cells = []
+        for seeds in (group[name].dropna() for group in groups.values()):
+            cells.append(f"{seeds.mean():{form}}" + (f" ± {seeds.std():{form}}" if len(seeds) > 1 else ""))
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def draw(shares: pandas.DataFrame, targets: list[str], picture: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit(f"{picture} needs matplotlib: python -m pip install -r benchmarks/requirements.txt")
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "table1"  # the same picture has the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    width = 0.8 / len(shares.columns)
+    for i, name in enumerate(shares):
+        seeds = [shares[name].loc[target].dropna() for target in targets]
+        places = [place + (i - (len(shares.columns) - 1) / 2) * width for place in range(len(targets))]
+        bars = axes.bar(places, [column.mean() for column in seeds], 0.9 * width, alpha=0.5, label=name)
+        for place, column in zip(places, seeds):
+            axes.plot([place] * len(column), column, ".", color=bars[0].get_facecolor()[:3])
+    axes.set(ylabel="gap between AT and Full FT closed, %")
+    axes.set_xticks(range(len(targets)), targets)
+    figure.legend(frameon=False, ncols=2, loc="outside upper center")
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("--model", default="bert-base-multilingual-cased")
+    flag("--data", default="unimelb-nlp/wikiann")
+    flag("--src", nargs="+", default=["en", "es"])
+    flag("--tgt", nargs="+", default=["hi", "af", "az", "lt", "et", "nl"])
+    flag("--rows", type=int, nargs="+", choices=[*NAMES], default=[*NAMES])
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flag("--one-seed", type=int, nargs="*", default=[], metavar="ROW", help="rows for which the first seed must do")
+    flag("--limit-train", type=int, metavar="N", help="sentences of each target's training split")
+    flag("--limit-test", type=int, metavar="N")
+    flag("--distinct", nargs="*", default=[], metavar="LANG", help="targets scored without duplicates as well, with the first seed")
+    flag("--output", type=Path, default=Path("table1"), help="folder for what is primed, tuned and found")
+    flag("--picture", type=Path, default=Path(__file__).with_suffix(".svg"))
+    args, args.priming = parser.parse_known_args()
+
+    fixed = ("model", "data", "src", "priming", "limit_train", "limit_test", "distinct")
+    settings = {name: str(vars(args)[name]) for name in fixed}
+    kept = args.output / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        sys.exit(f"{args.output} is of other settings, {kept.read_text()}: take another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(settings))
+    for target in args.distinct:
+        write_distinct(target, args)
+    lines = [line for row in args.rows for line in measure(row, args)]
+    scores = pandas.DataFrame(lines).set_index(["split", "target", "seed", "row"])["f1"].unstack("row")
+    f1, whole_name = scores.loc["official"], {row: f"{row} {name}" for row, name in NAMES.items()}
+    print_table("F1", f1.rename(columns=whole_name), args.tgt)
+    if args.distinct:
+        without = scores.loc["distinct"]
+        print_table("F1 without duplicates", without.rename(columns=whole_name), args.tgt)
+        print_table("minus F1 with them", (without - f1.loc[without.index]).rename(columns=whole_name), args.tgt)
+    pairs = [(row, other) for row in (4, 8) for other in (3, 5, 6, 7) if {row, other} <= {*f1}]
+    if pairs:
+        print_table("difference", pandas.DataFrame({f"{a} − {b}": f1[a] - f1[b] for a, b in pairs}), args.tgt)
+    if {1, 3} <= {*f1}:
+        means = f1.groupby("target").mean()
+        low, gap = means[3], means[1] - means[3]
+        shares = f1[[row for row in f1 if row in PRIMING]].rename(columns=NAMES)
+        shares = 100 * shares.sub(low, axis=0, level="target").div(gap, axis=0, level="target")
+        print_table("% of the gap between AT and Full FT closed", shares, args.tgt, ".0f")
+        draw(shares, args.tgt, args.picture)
+
+
+if __name__ == "__main__":
+    main()
