@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
          help="a folder that prime.py wrote (rows 4 to 7), or none: --model and a random θa (rows 1 to 3)")
     flag("--epochs", type=positive(int), default=10, help="paper: not said")
     flag("--min-steps", type=positive(int, or_zero=True), default=0, metavar="N",
-         help="more epochs than --epochs where it takes them: for targets of few sentences")
+         help="whole epochs beyond --epochs up to so many steps: for targets of few sentences")
     flag("--lr", type=positive(float), default=3e-3, help="of AdamW, falling to 0; paper: not said")
     flag("--batch-size", type=positive(int), default=16, help="sentences; paper: not said")
     flag("--seeds", type=positive(int, or_zero=True), nargs="+", default=[0], help="a run for each")
@@ -116,7 +116,7 @@ def resolve(args: argparse.Namespace) -> None:
         own = {*NO_SAY, "score", "data", "split", "limit_test", "versions", "priming"}
         with reading(f"--score {args.score}"):
             kept = json.loads((args.score / "tuned.json").read_text())
-            vars(args).update({name: kept[name] for name in vars(args).keys() - own}, seeds=[kept["seed"]])
+            vars(args).update({key: kept[key] for key in {"tags", *vars(args)} - own}, seeds=[kept["seed"]])
     if args.init != "none":
         with reading(f"--init {args.init}, which prime.py writes"):
             args.priming = json.loads((Path(args.init) / "priming.json").read_text())

@@ -1097,6 +1097,14 @@ def test_saved_pair_scores_the_same(row, table, tmp_path):
     assert {key: again[key] for key in again.keys() - free} == {key: line[key] for key in line.keys() - free}
 
 
+def test_a_saved_pair_is_not_scored_on_other_tags(table, tmp_path):
+    shutil.copytree(table[4][0] / "tuned/hi-1", tmp_path / "hi-1")
+    kept = json.loads((tmp_path / "hi-1/tuned.json").read_text())
+    (tmp_path / "hi-1/tuned.json").write_text(json.dumps({**kept, "tags": kept["tags"][::-1]}))
+    flags = ["--tgt", "hi", "--data", "demo/wikiann", "--score", tmp_path / "hi-1", "--results", tmp_path / "r.jsonl"]
+    assert "hi test: the tags are ['O'" in command("finetune.py", *flags, status=2).stderr
+
+
 def test_split_chooses_what_is_scored(table, tmp_path):
     """The validation split under the name of the test split has the same score; the test split has another."""
     shutil.copytree(HERE / "demo/wikiann/hi", tmp_path / "data/hi")
@@ -1573,13 +1581,14 @@ def test_table_1_is_what_its_runs_found(monkeypatch, tmp_path):
     def in_this_process(words, **_):
         small = ["--limit-train", 50, "--support", 4, "--query", 4] if words[1].endswith("prime.py") else []
         command(Path(words[1]).name, *words[2:], *small)
-        return Namespace(returncode=0)
+        return Namespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(subprocess, "Popen", in_this_process)
     flags = ["--model", "demo/encoder", "--data", tmp_path / "data", "--tgt", "hi", "af", "--rows", 1, 3, 4, 5, "--one-seed", 1,
              "--seeds", 0, 1, "--steps", 2, "--limit-train", 100, "--limit-test", 40, "--distinct", "hi", "--output", tmp_path / "t"]
     told = [command("benchmarks/table1.py", *flags, "--picture", tmp_path / name).stdout for name in ("one.svg", "two.svg")]
     assert told[0] == told[1] and (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert "is of other settings" in command("benchmarks/table1.py", *flags, "--steps", 3, status=2).stderr
     f1 = {row: {(line["target"], line["seed"]): line["f1"] for line in read_lines(tmp_path / f"t/row-{row}/official.jsonl")}
           for row in (1, 3, 4, 5)}
     assert [len(of_row) for of_row in f1.values()] == [2, 4, 4, 4]  # nothing twice

@@ -1,19 +1,22 @@
-"""Table 1: seven settings × targets × seeds, by the commands that a user would type.
+"""Table 1: its seven settings, and one more, × targets × seeds, by the commands that a user would type.
 
     python benchmarks/table1.py --model ENCODER --data WIKIANN --tgt nl hi af et
 
-Without flags it is the paper's table: mBERT and the whole of WikiAnn, from the hub. A seed is that of priming and of
-fine-tuning alike. What is done is not done again: stop it and start it again, or let a second process do other rows
-into the same --output meanwhile. Prints mean ± standard deviation over the seeds; the share of the gap between AT
-(row 3) and Full FT (row 1) that each priming closes; and the differences between row 4 and the others, seed by seed.
-Draws the shares to table1.svg, with the seeds as dots (matplotlib, in benchmarks/requirements.txt). Flags that this
-script does not know go to `prime.py`.
+Without flags it takes mBERT and the whole of WikiAnn from the hub, as the paper does. A seed is that of priming and of
+fine-tuning alike. What is done is not done again: stop it and start it again with the same flags, or more targets, rows
+or seeds. A second process may do other rows into the same --output meanwhile; a last call with all rows prints all.
+
+Prints mean ± standard deviation over the seeds; for each priming the share of the gap between AT (row 3) and Full FT
+(row 1) that it closes, the two ends being means over the seeds; and differences between rows, seed by seed. The mean is
+that of the targets' values. What has no ± is of the first seed alone. Draws the shares, with the seeds as dots
+(matplotlib, in benchmarks/requirements.txt).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -23,12 +26,13 @@ import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from prime import read_split  # noqa: E402
+import prime  # noqa: E402
 
 NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT", 6: "MP [MAML Loop] → AT",
-         7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}  # row 8: not in the paper
+         7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}  # the paper could not afford row 8
 PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", "1"], 8: ["--inner-steps", "50"]}
-FEW = ["--min-steps", "750"]  # on the validation splits, settings without priming gain by it on 400 sentences
+DIFFERENCES = [(4, 3), (4, 5), (4, 6), (4, 7), (8, 3), (8, 4), (8, 5)]
+FEW = ["--min-steps", "750"]  # settings without priming gain by it on 400 sentences, the others do not
 TUNING = {1: ["--tune", "full", "--lr", "5e-5", "--epochs", "3", *FEW], 2: ["--tune", "head", "--lr", "3e-2", *FEW], 3: FEW}
 
 
@@ -36,7 +40,14 @@ def run(script: str, *flags: object) -> None:
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     print("$", *command, file=sys.stderr, flush=True)
     began = time.perf_counter()
-    if status := subprocess.run(command, stdout=sys.stderr).returncode:
+    child = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        child.terminate()  # prime.py writes its checkpoint then
+        child.wait()
+        raise
+    if status:
         sys.exit(status)
     print(f"# {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
@@ -53,13 +64,13 @@ def measure(row: int, args: argparse.Namespace) -> list[dict]:
     for init, of_init in inits.items():
         if not found(official).keys() >= {(target, seed) for target in args.tgt for seed in of_init}:
             if row in PRIMING:
-                run("prime.py", "--src", *args.src, *base, *args.priming, *PRIMING[row], "--seed", *of_init,
-                    "--output", init, "--resume")
+                run("prime.py", "--src", *args.src, *base, "--steps", args.steps, "--outer-lr", args.outer_lr,
+                    *PRIMING[row], "--seed", *of_init, "--output", init, "--resume")
             run("finetune.py", "--tgt", *args.tgt, *base, *TUNING.get(row, []), *limits, "--init", init,
                 "--seeds", *of_init, *keep, "--results", official, "--resume")
         for target in args.distinct if seeds[0] in of_init else []:
             if (target, seeds[0]) not in found(distinct):
-                run("finetune.py", "--tgt", target, *base[:2], "--data", args.output / "distinct", "--init", init,
+                run("finetune.py", "--tgt", target, "--data", args.output / "distinct",
                     "--score", folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
     return [{**line, "row": row, "split": path.stem} for path in (official, distinct)
             for (target, seed), line in found(path).items() if target in args.tgt and seed in seeds]
@@ -73,14 +84,15 @@ def found(results: Path) -> dict[tuple[str, int], dict]:
 
 def write_distinct(target: str, args: argparse.Namespace) -> None:
     """Writes the test split without the sentences that the training split has too, for `finetune.py --data`."""
-    train, _ = read_split(args.data, target, "train", args.limit_train)
-    test, names = read_split(args.data, target, "test", args.limit_test)
+    train, _ = prime.read_split(args.data, target, "train", args.limit_train)
+    test, names = prime.read_split(args.data, target, "test", args.limit_test)
     known = {tuple(words) for words, _ in train}
     rows = [row for row in test if tuple(row[0]) not in known]
     sentences = ["".join(f"{word}\t{names[tag]}\n" for word, tag in zip(*row)) for row in rows]
     folder = args.output / "distinct" / target
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test.txt").write_text("\n".join(sentences), encoding="utf-8")
+    with prime.whole_folder(folder, "test.txt") as new:
+        (new / "test.txt").write_text("\n".join(sentences), encoding="utf-8")
     print(f"{target}: {len(test) - len(rows)} of {len(test)} test sentences are training sentences too")
 
 
@@ -122,49 +134,58 @@ def draw(shares: pandas.DataFrame, targets: list[str], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flag = parser.add_argument
+    flag, number = parser.add_argument, prime.positive(int)
     flag("--model", default="bert-base-multilingual-cased")
     flag("--data", default="unimelb-nlp/wikiann")
     flag("--src", nargs="+", default=["en", "es"])
     flag("--tgt", nargs="+", default=["hi", "af", "az", "lt", "et", "nl"])
     flag("--rows", type=int, nargs="+", choices=[*NAMES], default=[*NAMES])
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    flag("--one-seed", type=int, nargs="*", default=[], metavar="ROW", help="rows for which the first seed must do")
-    flag("--limit-train", type=int, metavar="N", help="sentences of each target's training split")
-    flag("--limit-test", type=int, metavar="N")
-    flag("--distinct", nargs="*", default=[], metavar="LANG", help="targets scored without duplicates as well, with the first seed")
+    flag("--seeds", type=prime.positive(int, or_zero=True), nargs="+", default=[0, 1, 2])
+    flag("--one-seed", type=int, nargs="*", choices=[*NAMES], default=[], metavar="ROW",
+         help="rows for which the first seed must do")
+    flag("--steps", type=number, default=1000, help="meta steps")
+    flag("--outer-lr", type=prime.positive(float), default=5e-5)
+    flag("--limit-train", type=number, metavar="N", help="sentences of each target's training split")
+    flag("--limit-test", type=number, metavar="N")
+    flag("--distinct", nargs="*", default=[], metavar="LANG",
+         help="targets to score, with the first seed, also without the test sentences that are training sentences; "
+         "all that is tuned is kept for it in --output")
     flag("--output", type=Path, default=Path("table1"), help="folder for what is primed, tuned and found")
-    flag("--picture", type=Path, default=Path(__file__).with_suffix(".svg"))
-    args, args.priming = parser.parse_known_args()
+    flag("--picture", type=Path, help="default: table1.svg in --output")
+    args = parser.parse_args()
+    if not {*args.distinct} <= {*args.tgt}:
+        parser.error(f"--distinct {' '.join(args.distinct)} is not among --tgt")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    fixed = ("model", "data", "src", "priming", "limit_train", "limit_test", "distinct")
-    settings = {name: str(vars(args)[name]) for name in fixed}
-    kept = args.output / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != settings:
-        sys.exit(f"{args.output} is of other settings, {kept.read_text()}: take another --output")
+    fixed = ("model", "data", "src", "steps", "outer_lr", "limit_train", "limit_test", "distinct")
+    settings = json.dumps([{name: vars(args)[name] for name in fixed}, PRIMING, TUNING])
     args.output.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(settings))
+    kept = args.output / "settings.json"
+    if not kept.exists():
+        with prime.whole_folder(args.output, kept.name) as new:
+            (new / kept.name).write_text(settings)
+    if kept.read_text() != settings:
+        raise prime.BadInput(f"{args.output} is of other settings: {kept.read_text()}; take another --output")
     for target in args.distinct:
         write_distinct(target, args)
-    lines = [line for row in args.rows for line in measure(row, args)]
+    lines = [line for row in dict.fromkeys(args.rows) for line in measure(row, args)]
     scores = pandas.DataFrame(lines).set_index(["split", "target", "seed", "row"])["f1"].unstack("row")
-    f1, whole_name = scores.loc["official"], {row: f"{row} {name}" for row, name in NAMES.items()}
-    print_table("F1", f1.rename(columns=whole_name), args.tgt)
+    f1, with_number = scores.loc["official"], {row: f"{row} {name}" for row, name in NAMES.items()}
+    print_table("F1", f1.rename(columns=with_number), args.tgt)
     if args.distinct:
         without = scores.loc["distinct"]
-        print_table("F1 without duplicates", without.rename(columns=whole_name), args.tgt)
-        print_table("minus F1 with them", (without - f1.loc[without.index]).rename(columns=whole_name), args.tgt)
-    pairs = [(row, other) for row in (4, 8) for other in (3, 5, 6, 7) if {row, other} <= {*f1}]
-    if pairs:
-        print_table("difference", pandas.DataFrame({f"{a} − {b}": f1[a] - f1[b] for a, b in pairs}), args.tgt)
-    if {1, 3} <= {*f1}:
+        print_table("F1 without duplicates", without.rename(columns=with_number), args.tgt)
+        print_table("change", (without - f1.loc[without.index]).rename(columns=with_number), args.tgt)
+    differences = {f"{a} − {b}": f1[a] - f1[b] for a, b in DIFFERENCES if {a, b} <= {*f1}}
+    if differences:
+        print_table("difference", pandas.DataFrame(differences), args.tgt)
+    primed = f1[[row for row in f1 if row in PRIMING]].rename(columns=NAMES)
+    if {1, 3} <= {*f1} and len(primed.columns):
         means = f1.groupby("target").mean()
-        low, gap = means[3], means[1] - means[3]
-        shares = f1[[row for row in f1 if row in PRIMING]].rename(columns=NAMES)
-        shares = 100 * shares.sub(low, axis=0, level="target").div(gap, axis=0, level="target")
+        shares = 100 * primed.sub(means[3], axis=0, level="target").div(means[1] - means[3], axis=0, level="target")
         print_table("% of the gap between AT and Full FT closed", shares, args.tgt, ".0f")
-        draw(shares, args.tgt, args.picture)
+        draw(shares, args.tgt, args.picture or args.output / "table1.svg")
 
 
 if __name__ == "__main__":
-    main()
+    prime.run(main)
