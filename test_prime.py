@@ -19,7 +19,8 @@
 | §4.3: FT priming sees the data of the tasks | test_ft_priming_draws_the_sentences_of_the_tasks |
 | §5.2: without inner steps, plain fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
 | f(x; θp) is a loop invariant, for f is deterministic | test_hoisting_changes_no_gradient, test_a_meta_step_encodes_each_set_once_whatever_the_number_of_inner_steps, test_features_are_computed_once_unless_they_exceed_the_cache, test_flags_reach_algorithm_1_and_dropout_is_off_but_in_plain_fine_tuning |
-| README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_same_seed_same_bytes_another_seed_others |
+| Table 1 with seeds: means, shares of the gap, differences, without duplicates | test_table_1_is_what_its_runs_found, test_few_sentences_get_the_epochs_that_make_the_steps |
+| README: what is saved loads and scores again; same seed, same bytes | test_primed_loads_elsewhere, test_saved_pair_scores_the_same, test_a_saved_pair_is_not_scored_on_other_tags, test_same_seed_same_bytes_another_seed_others |
 | README: a run that is killed or stopped goes on to the same bits; processes share a batch | test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way, test_a_kill_at_the_worst_moment_leaves_a_whole_checkpoint, test_a_stopped_run_tells_the_command_that_resumes_it, test_several_processes_give_what_one_gives |
 | README: data, scores and bad input | test_data_layouts_load_the_same_sentences, test_words_cut_off_count_as_o, test_score_equals_a_hand_count, test_bad_input_is_one_line |
 | README: prime.py needs torch alone, and primes what is not ours | test_prime_imports_torch_alone, test_the_lines_of_the_readme_prime_a_model_of_peft, test_the_example_primes_an_mlp_for_sine_waves |
