@@ -456,7 +456,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (BadInput, OSError, KeyboardInterrupt) as error:
-        print(f"{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1572,6 +1572,13 @@ def test_the_plot_of_the_inner_rate_shows_what_the_runs_ended_with(monkeypatch, 
     assert ours[5] == f"{statistics.mean(losses) / 2:.3f}"
 
 
+def test_an_interruption_is_told_as_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune.py"])
+    with pytest.raises(SystemExit, match="2"):
+        prime.run(lambda: signal.default_int_handler(signal.SIGINT, None))
+    assert capsys.readouterr().err == "finetune.py: interrupted\n"
+
+
 def test_table_1_is_what_its_runs_found(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
     shutil.copytree("demo/wikiann", tmp_path / "data")
