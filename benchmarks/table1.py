@@ -32,7 +32,7 @@ NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Primin
          7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}  # the paper could not afford row 8
 PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", "1"], 8: ["--inner-steps", "50"]}
 DIFFERENCES = [(4, 3), (4, 5), (4, 6), (4, 7), (8, 3), (8, 4), (8, 5)]
-FEW = ["--min-steps", "750"]  # settings without priming gain by it on 400 sentences, the others do not
+FEW = ["--min-steps", "750"]  # on 400 sentences settings without priming gain by it, row 4 loses
 TUNING = {1: ["--tune", "full", "--lr", "5e-5", "--epochs", "3", *FEW], 2: ["--tune", "head", "--lr", "3e-2", *FEW], 3: FEW}
 
 
