@@ -1,14 +1,13 @@
-"""The model of §4, h(g(f(x; θp); θa); θh), and the names of its three sets of parameters.
+"""The model of §4, h(g(f(x; θp); θa); θh), and its three named sets of parameters.
 
-f is any encoder that `AutoModel` loads, g one adapter after its last layer, h a linear head on every word; in
-the place of g, θa may be inside of f (`pe`). Nothing here knows of data or of training.
+f is an encoder that `AutoModel` loads, g an adapter after its last layer, h a linear head on every word;
+with another `pe`, θa is inside f. Nothing here knows of data sets or of training.
 """
 
-from __future__ import annotations
-
 import re
+import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,18 @@ Parameters = dict[str, nn.Parameter]  # a named part of `model.named_parameters(
 
 
 class Sentence(NamedTuple):
-    """A tagged sentence in word pieces. A word that `--max-length` cuts off has a tag but no piece."""
-
-    x: list[int] | Tensor  # the encoder's input, special tokens included; once encoded, [words, hidden]
-    first: list[int]  # for every word that has one, the position in the input of its first piece
-    words: list[int]  # ... and the number of that word in the sentence
-    tags: list[int]  # the gold tag of every word, also of those cut off
+    words: list[str]
+    tags: list[int]
+    pieces: list[int]  # special tokens included
+    first: list[int]  # of each word, the position of its first piece; -1 if it has none
+    features: Tensor | None = None  # f(x; θp) of the words that have a piece, [words, hidden]
 
 
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: down-projection, non-linearity, up-projection, skip connection.
 
     It starts near the identity: weights normal with std 1e-2, truncated at two std, biases zero.
-    Maps [..., hidden] to [..., hidden] and adds 2 · hidden · bottleneck + hidden + bottleneck parameters.
+    Maps [..., hidden] to [..., hidden]; 2 · hidden · bottleneck + hidden + bottleneck parameters.
     """
 
     def __init__(self, hidden: int, bottleneck: int = 64):
@@ -44,146 +42,176 @@ class Adapter(nn.Module):
         return x + self.up(nn.functional.gelu(self.down(x)))
 
     def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """The adapter as a forward hook; bound methods are copied with their model, closures are not."""
+        """A forward hook; bound methods are copied with their model, closures are not."""
         return self(output)
 
 
 class Tagger(nn.Module):
     """An encoder, a head of `num_tags` classes, and what `pe` names as θa:
 
-    adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and one
-    after the feed-forward block of every layer, before the skip connection (§4; Houlsby et al. 2019).
-    bitfit: the biases of the encoder (Ben Zaken et al. 2022). lora: updates of the matrices for queries and
-    values, scaled by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of the adapters and the
-    rank of LoRA. Raises ValueError where the encoder has no parts that we know for it.
+    adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and
+    one after the feed-forward block of every layer, before the skip connection (§4). bitfit: the biases
+    of the encoder (Ben Zaken et al. 2022). lora: updates of the matrices for queries and values, scaled
+    by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of adapters and the rank of LoRA.
+    Raises ValueError where the encoder has no parts that we know for it.
 
-    The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler that some encoders carry
-    cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
+    The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler of some encoders cannot
+    affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
     """
 
-    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter", bottleneck: int = 64,
-                 bf16: bool = False):
+    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter",
+                 bottleneck: int = 64, bf16: bool = False):
         super().__init__()
-        hidden = encoder.config.hidden_size
+        hidden, kind = encoder.config.hidden_size, encoder.config.model_type
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
         self.on_top = pe in (None, "adapter")  # θa, if there is any, comes after all of θp
-        after_padding = (getattr(encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's way
-        starts = {"bert": 0, "distilbert": 0, "roberta": after_padding, "xlm-roberta": after_padding}
-        self.first_position = starts.get(encoder.config.model_type)  # None: not known, so we do not pack
+        self.first_position: int | None = None  # of a sentence in a packed row; None: do not pack
         self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
         if pe == "houlsby":
-            ends = ("output.dense", "out_lin", "lin2", "Wo", "attn.o")  # of a block, in the kin of BERT
+            ends = ("output.dense", "out_lin", "lin2", "Wo", "attn.o")  # of a block, in BERT's kin
             blocks = [module for name, module in encoder.named_modules() if name.endswith(ends)]
             if len(blocks) != 2 * encoder.config.num_hidden_layers:
-                raise ValueError(f"{encoder.config.model_type} has not two blocks a layer that we know")
+                raise ValueError(f"{kind} has not two blocks a layer that we know")
             self.adapters = nn.ModuleList(Adapter(hidden, bottleneck) for _ in blocks)
             for block, adapter in zip(blocks, self.adapters):
                 block.register_forward_hook(adapter.hook)
         if pe == "lora":
             from peft import LoraConfig, inject_adapter_in_model
 
-            matrices = ["query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
-            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=matrices)
+            names = ["query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
+            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=names)
             inject_adapter_in_model(config, encoder)
             self.requires_grad_()  # peft freezes the rest
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if pe == "bitfit" and not self.sets()[1]:
-            raise ValueError(f"{encoder.config.model_type} has no biases")
+        if pe and not self.sets()[1]:
+            raise ValueError(f"{kind} has no parameters for {pe}")
 
     def sets(self) -> tuple[Parameters, Parameters, Parameters]:
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
         theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
         theta_h = {n: theta.pop(n) for n in [*theta] if n.startswith("head.")}
-        named = {"bitfit": r".*bias$", "lora": r".*\.lora_"}.get(self.pe, r"adapters?\.")
-        theta_a = {n: theta.pop(n) for n in [*theta] if re.match(named, n)}
+        of_pe = {"bitfit": r".*bias$", "lora": r".*\.lora_"}.get(self.pe, r"adapters?\.")
+        theta_a = {n: theta.pop(n) for n in [*theta] if re.match(of_pe, n)}
         return theta, theta_a, theta_h
 
-    def save_encoder(self, folder: Path) -> None:
-        """Writes what `AutoModel` reads: the encoder without what LoRA has added to it."""
-        state = {n: p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
-        state = {n.replace(".base_layer", ""): p for n, p in state.items()}
-        self.encoder.save_pretrained(folder, state_dict=state)
+    @torch.no_grad()
+    def choose_packing(self, sentences: Sequence[Sentence]) -> None:
+        """Packs from now on, if the shortest and longest of `sentences` have the features then that
+        they have alone. Raises ValueError if even a padded row of its own changes those of one."""
+        by_length = sorted(sentences, key=lambda sentence: len(sentence.pieces))
+        probe = by_length[:2] + by_length[-1:]
+        alone = torch.cat([self.encode([sentence])[0].features for sentence in probe])
+        after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
+        for self.first_position in (0, after_padding, None):
+            try:
+                packed = torch.cat([sentence.features for sentence in self.encode(probe)])
+            except Exception:  # who takes no positions or no mask of pairs tells it in many ways
+                continue
+            if (packed - alone).norm() <= (5e-2 if self.bf16 else 1e-3) * alone.norm():
+                return
+        raise ValueError(f"{self.encoder.config.model_type} mixes the sentences of a batch")
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """The sentences with f(x; θp) at the first piece of every word that has one in the place of x.
+        """The sentences with their features."""
+        parts = [sentences[i : i + 256] for i in range(0, len(sentences), 256)]  # for memory
+        return [encoded for part in parts for encoded in self.encode_at_once(part)]
 
-        Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps its own
-        positions and attends to itself alone: the result is that of a row a sentence.
-        """
-        if not 0 < len(sentences) <= 256:  # more would need much memory at once
-            parts = (sentences[begin : begin + 256] for begin in range(0, len(sentences), 256))
-            return [sentence for part in parts for sentence in self.encode(part)]
-        rows = self.pack([len(sentence.x) for sentence in sentences])
+    def encode_at_once(self, sentences: Sequence[Sentence]) -> list[Sentence]:
+        """Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps
+        its own positions and attends to itself alone: the result is that of a row a sentence."""
+        order = self.pack([len(sentence.pieces) for sentence in sentences])
+        rows = [[sentences[i] for i in row] for row in order]
         device, dtype = self.head.weight.device, self.head.weight.dtype
 
-        def grid(values: Callable[[int], Iterable[int]], padding: int = 0) -> Tensor:
-            """A value for every piece, [rows, length of the longest row]."""
-            filled = [torch.tensor([value for i in row for value in values(i)]) for row in rows]
-            return nn.utils.rnn.pad_sequence(filled, batch_first=True, padding_value=padding).to(device)
+        def padded(rows: list[list[int]], value: int = 0) -> Tensor:  # [rows, length of the longest]
+            rows = [torch.tensor(row) for row in rows]
+            return nn.utils.rnn.pad_sequence(rows, True, value).to(device)
 
-        owner = grid(lambda i: [i] * len(sentences[i].x), -1)
-        where = {"attention_mask": owner >= 0}
+        owner = padded([[i for i, s in enumerate(row) for _ in s.pieces] for row in rows], -1)
+        where = {"attention_mask": (owner >= 0).long()}
         if self.first_position is not None:
             others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
-            where["attention_mask"] = torch.finfo(dtype).min * others.to(dtype)
-            where["position_ids"] = grid(lambda i: range(len(sentences[i].x))) + self.first_position
+            where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
+            places = padded([[i for s in row for i in range(len(s.pieces))] for row in rows])
+            where["position_ids"] = places + self.first_position
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.encoder(grid(lambda i: sentences[i].x), **where).last_hidden_state.to(dtype)
-        first = grid(lambda i: [place in sentences[i].first for place in range(len(sentences[i].x))]).bool()
-        order = [i for row in rows for i in row]
-        features = dict(zip(order, hidden[first].split([len(sentences[i].first) for i in order])))
-        return [sentence._replace(x=features[i]) for i, sentence in enumerate(sentences)]
+            pieces = padded([[piece for s in row for piece in s.pieces] for row in rows])
+            hidden = self.encoder(pieces, **where).last_hidden_state.to(dtype)
+        first = [[i in s.first for s in row for i in range(len(s.pieces))] for row in rows]
+        counts = [len(s.first) - s.first.count(-1) for row in rows for s in row]
+        features = dict(zip(sum(order, []), hidden[padded(first).bool()].split(counts)))
+        return [sentence._replace(features=features[i]) for i, sentence in enumerate(sentences)]
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Numbers of sentences in rows no longer than the longest sentence: longest first, first fit."""
+        """Sentences' numbers in rows no longer than the longest: longest first, first fit."""
         room = max(lengths) if self.first_position is not None else 0
         rows: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fitting = (row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room)
-            if (row := next(fitting, None)) is None:
-                rows.append(row := [])
-            row.append(i)
+            for row in rows:
+                if sum(lengths[j] for j in row) + lengths[i] <= room:
+                    row.append(i)
+                    break
+            else:
+                rows.append([i])
         return rows
 
     def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
-        """What `encode` makes of several sets of sentences, in one go."""
+        """`encode` for several sets of sentences at once."""
         encoded = iter(self.encode([sentence for part in sets for sentence in part]))
         return [[next(encoded) for _ in part] for part in sets]
 
     def forward(self, sentences: Sequence[Sentence]) -> Tensor:
         """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""
-        encoded = sentences if isinstance(sentences[0].x, Tensor) else self.encode(sentences)
-        return self.head(self.adapter(torch.cat([sentence.x for sentence in encoded])))
+        if sentences[0].features is None:
+            sentences = self.encode(sentences)
+        return self.head(self.adapter(torch.cat([sentence.features for sentence in sentences])))
+
+    def save_encoder(self, folder: Path) -> None:
+        """Writes what `AutoModel` reads: the encoder, LoRA's updates left out."""
+        state = {n: p for n, p in self.encoder.state_dict().items() if ".lora_" not in n}
+        state = {n.replace(".base_layer", ""): p for n, p in state.items()}
+        self.encoder.save_pretrained(folder, state_dict=state)
 
 
-def load_encoder(name: str, max_length: int, device: str) -> tuple[nn.Module, Any]:
-    """f, in float32, and its fast tokenizer. Raises ValueError if they do not take `max_length` pieces."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoTokenizer
+def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
+    """f, in float32, and its fast tokenizer. Raises ValueError if it takes no `max_length` pieces."""
+    from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    encoder = AutoModel.from_pretrained(name, dtype=torch.float32).to(device)
-    if type(encoder.config) not in MODEL_FOR_MASKED_LM_MAPPING or encoder.config.is_encoder_decoder:
-        raise ValueError(f"{encoder.config.model_type} is no encoder")
+    encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for words without one
     pieces = encoder.get_input_embeddings().num_embeddings
-    if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # without its files it has no pieces
+    if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # its files may be missing
         raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, the encoder {pieces}")
-    longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", max_length))
-    if not tokenizer.num_special_tokens_to_add() < max_length <= longest:
-        raise ValueError(f"a sentence takes up to {longest} pieces, special tokens among them")
+    try:
+        encoder(torch.full((1, max_length), len(tokenizer) - 1))
+    except (IndexError, RuntimeError):
+        raise ValueError("the encoder takes no sentence of so many word pieces") from None
     return encoder, tokenizer
 
 
-def load_parameters(parameters: Parameters, path: Path) -> None:
-    """Reads safetensors into the parameters of the same names; with others it raises ValueError."""
-    from safetensors.torch import load_file
+def tokenize(rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length: int) -> list[Sentence]:
+    """Words and their tags with word pieces, cut off after `max_length`, which is told on stderr."""
+    texts = [words for words, _ in rows]
+    encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
+    sentences = []
+    for i, (words, tags) in enumerate(rows):
+        of = encoded.word_ids(i)  # the word of each piece
+        first = [of.index(word) if word in of else -1 for word in range(len(words))]
+        sentences.append(Sentence(words, tags, encoded["input_ids"][i], first))
+    lost = [sentence.first.count(-1) for sentence in sentences if -1 in sentence.first]
+    if lost:
+        told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
+        print(f"cut off after --max-length {max_length}: {told}", file=sys.stderr)
+    return sentences
 
-    saved = load_file(path)
+
+def put(saved: dict[str, Tensor], parameters: Parameters) -> None:
+    """Into the parameters of the same names; with others it raises ValueError."""
     if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in saved.items()}:
-        raise ValueError(f"{path}: holds other parameters than the model has")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+        raise ValueError("it holds other parameters than the model has")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
