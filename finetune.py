@@ -18,23 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import prime
 from adapters import Parameters, Sentence, Tagger, load_encoder, put
-from prime import (
-    BadInput,
-    adamw,
-    blaming,
-    build,
-    checksum,
-    common_parser,
-    identify,
-    load,
-    parse,
-    prime,
-    replace,
-    run,
-    tag_loss,
-    tag_names,
-)
 
 OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
 OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights")
@@ -42,7 +27,7 @@ OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds
 
 def parse_arguments() -> argparse.Namespace:
     """The flags; what the folder of --load or --init records takes the place of their defaults."""
-    parser = common_parser(__doc__)
+    parser = prime.common_parser(__doc__)
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
@@ -58,19 +43,19 @@ def parse_arguments() -> argparse.Namespace:
     flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
     flag("--load", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept")
     parser.set_defaults(priming=None, weights=None)
-    args, recorded = parse(parser), {}
+    args, recorded = prime.parse(parser), {}
     if args.load:
-        with blaming(f"--load {args.load}, which --save writes"):
+        with prime.blaming(f"--load {args.load}, which --save writes"):
             kept = json.loads((args.load / "tuned.json").read_text())
             recorded = {name: kept[name] for name in OF_SAVED}
         near = args.load / kept["base"]
         parser.set_defaults(**recorded, init=str(near) if near.is_dir() else kept["init"])
     elif args.init != "none":
-        with blaming(f"--init {args.init}, which prime.py writes"):
+        with prime.blaming(f"--init {args.init}, which prime.py writes"):
             priming = json.loads((Path(args.init) / "priming.json").read_text())
             recorded = {name: priming[name] for name in OF_PRIMED}
         parser.set_defaults(**recorded, priming=priming)
-    args = parse(parser)
+    args = prime.parse(parser)
     for name, value in recorded.items():
         if vars(args)[name] != value:
             parser.error(f"--{name} {vars(args)[name]}: {args.load or args.init} has {value}")
@@ -82,19 +67,19 @@ def main() -> None:
     encoder, tokenizer, saved = load_base(args)
     data = {}  # all of it first: what is wrong there is told before anything is trained
     for language in args.tgt:
-        train = [] if args.load else load(args, tokenizer, language, "train")
-        data[language] = train, load(args, tokenizer, language, args.split)
+        train = [] if args.load else prime.load(args, tokenizer, language, "train")
+        data[language] = train, prime.load(args, tokenizer, language, args.split)
     earlier, lines = read_results(args.results), []
     for language, (train, test) in data.items():
-        identity = identify(args, [*encoder.parameters(), *saved.values()], train + test)
+        identity = prime.identify(args, [*encoder.parameters(), *saved.values()], train + test)
         if args.tune == "head" or args.tune == "adapter" and args.pe == "adapter":
             with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
-                train, test = build(args, None, encoder, train + test).hoist([train, test])
+                train, test = prime.build(args, None, encoder, train + test).hoist([train, test])
         for seed in dict.fromkeys(args.seeds):
             line = earlier.get((identity, seed))
             folder = args.save and args.save / f"{language}-{seed}"
             if folder and folder.exists() != bool(line):
-                raise BadInput(f"{folder}, {args.results}: only one has this run; name others")
+                raise prime.BadInput(f"{folder}, {args.results}: only one has this run; name others")
             if line:
                 print(f"{language} seed {seed}: done before")
             else:
@@ -105,10 +90,10 @@ def main() -> None:
                 parameters = sum(p.numel() for theta in model.sets() for p in theta.values())
                 line = {
                     **vars(args), "target": language, "seed": seed, "seeds": [seed], "run": identity,
-                    **evaluate(model, test, tag_names(args.types)),
+                    **evaluate(model, test, prime.tag_names(args.types)),
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test),
-                    "weights": checksum(encoder.parameters()),
+                    "weights": prime.checksum(encoder.parameters()),
                 }
                 keep(args, line, folder, tuned)
             lines.append(line)
@@ -121,14 +106,14 @@ def main() -> None:
 def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Tensor]]:
     """f, its tokenizer, and what there is beside it: θa* of a primed folder, or all that --save kept."""
     base = args.model if args.init == "none" else args.init
-    with blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
+    with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(base, args.max_length)
-    if args.load and args.weights != checksum(encoder.parameters()):
-        raise BadInput(f"{base} is not what {args.load} was tuned on: name that by --init")
+    if args.load and args.weights != prime.checksum(encoder.parameters()):
+        raise prime.BadInput(f"{base} is not what {args.load} was tuned on: name that by --init")
     saved = args.load / "tuned.safetensors" if args.load else Path(base) / "adapter.safetensors"
     if not args.load and (args.init == "none" or args.tune != "adapter"):
         return encoder, tokenizer, {}
-    with blaming(str(saved)):
+    with prime.blaming(str(saved)):
         return encoder, tokenizer, load_file(saved)
 
 
@@ -138,13 +123,13 @@ def start(
     """The model before fine-tuning, its head random unless it is saved, and what fine-tuning moves."""
     torch.manual_seed(seed)
     pe = args.pe if args.tune == "adapter" else None
-    model = build(args, pe, copy.deepcopy(encoder), sentences)
+    model = prime.build(args, pe, copy.deepcopy(encoder), sentences)
     theta_p, theta_a, theta_h = model.sets()
     for parameter in theta_p.values():
         parameter.requires_grad_(args.tune == "full")
     tuned = {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
     if saved:
-        with blaming(f"{args.load or args.init}"):
+        with prime.blaming(f"{args.load or args.init}"):
             put(saved, tuned if args.load else theta_a)
     return model, tuned
 
@@ -156,13 +141,13 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
         batches += [[([], order[begin : begin + size])] for begin in range(0, len(order), size)]
         epoch += 1
-    optimizer, schedule = adamw(tuned.values(), args.lr, len(batches))
+    optimizer, schedule = prime.adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    steps = prime(model, tuned, {}, {}, batches, tag_loss, optimizer, schedule, inner_steps=0)
+    steps = prime.prime(model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule, inner_steps=0)
     for (loss,) in (bar := tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)):
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
-            raise BadInput(f"fine-tuning, seed {seed}: the loss is {loss}; lower --lr")
+            raise prime.BadInput(f"fine-tuning, seed {seed}: the loss is {loss}; lower --lr")
     model.eval()
 
 
@@ -196,7 +181,7 @@ def keep(args: argparse.Namespace, line: dict[str, Any], folder: Path | None, tu
         (new / "tuned.json").write_text(json.dumps({**line, "base": base}, indent=2, default=str))
 
     if folder:
-        replace(folder, write)
+        prime.replace(folder, write)
     with open(args.results, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, default=str) + "\n")
     print("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
@@ -210,7 +195,7 @@ def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     with open(path, "a+", encoding="utf-8") as file:
         file.seek(0)
         for number, line in enumerate(file, start=1):
-            with blaming(f"--results {path}:{number}"):
+            with prime.blaming(f"--results {path}:{number}"):
                 kept = json.loads(line)
                 earlier[kept["run"], kept["seed"]] = kept
         if not line.endswith("\n"):
@@ -219,4 +204,4 @@ def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run(main)
+    prime.run(main)
