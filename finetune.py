@@ -76,7 +76,7 @@ def main() -> None:
             with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
                 train, test = prime.build(args, None, encoder, train + test).hoist([train, test])
         for seed in dict.fromkeys(args.seeds):
-            line = earlier.get((identity, seed))
+            line = earlier.get((identity, language, seed))
             folder = args.save and args.save / f"{language}-{seed}"
             if folder and folder.exists() != bool(line):
                 raise prime.BadInput(f"{folder}, {args.results}: only one has this run; name others")
@@ -188,8 +188,8 @@ def keep(args: argparse.Namespace, line: dict[str, Any], folder: Path | None, tu
           "updated {updated:,} of {parameters:,} ({share:.4%})".format(**line))
 
 
-def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The lines of earlier runs, by run and seed."""
+def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The lines of earlier runs, by run, target and seed."""
     earlier, number, line = {}, 0, "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
@@ -197,7 +197,7 @@ def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             with prime.blaming(f"--results {path}:{number}"):
                 kept = json.loads(line)
-                earlier[kept["run"], kept["seed"]] = kept
+                earlier[kept.get("run"), kept.get("target"), kept.get("seed")] = kept
         if not line.endswith("\n"):
             file.write("\n")
     return earlier

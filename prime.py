@@ -320,11 +320,13 @@ def main() -> None:
         raise BadInput(f"--src: {[*map(len, corpora)]} sentences; lower --support or --query")
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
+    with torch.no_grad():
+        tell_scale(args, model.encode(corpora[0][:100]))
     if args.second_order and (args.method == "maml" or not model.on_top):
         encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
-    theta_p, theta_a, theta_h = model.sets()
+    (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
     if args.method == "ft":  # §5.2: without inner steps a meta step is plain fine-tuning on the query sets
-        theta_p, theta_h, args.inner_steps = {**theta_p, **theta_h}, {}, 0
+        theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
     outer = [*theta_p.values(), *theta_a.values()]
     optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
@@ -336,16 +338,13 @@ def main() -> None:
     batches = sample_batches(corpora, args, len(losses), rank, processes)
     steps = prime(
         model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
-        inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
+        inner_lr=args.inner_lr, inner_steps=inner_steps, maml=args.method == "maml",
         second_order=args.second_order, hoist=model.hoist if model.on_top else None,  # else f changes with θi
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank or None)
     for query_losses in bar:
         losses.append(sum(query_losses))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
-        if not math.isfinite(losses[-1] + norm):
-            raise BadInput(f"step {len(losses)}: query losses {query_losses}, {args.src} in turn; norm of "
-                           f"the meta-gradient {norm:.3g}; lower --inner-lr or --outer-lr")
+        refuse_what_is_not_finite(args, len(losses), query_losses, outer)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         if rank == 0 and (stopped or len(losses) % args.save_every == 0 or len(losses) == args.steps):
             state = identity, losses, [part.state_dict() for part in (model, optimizer, schedule)]
@@ -364,6 +363,23 @@ def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentence
         model = Tagger(encoder, len(tag_names(args.types)), pe, args.bottleneck, args.bf16)
         model.to(args.device).eval().choose_packing(sentences)
     return model
+
+
+def tell_scale(args: argparse.Namespace, sentences: list[Any]) -> None:
+    """An inner step changes the head's scores by about α‖f(x)‖²: by it α is carried to another encoder."""
+    square = torch.cat([sentence.features for sentence in sentences]).square().sum(-1).mean()
+    print(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
+
+
+def refuse_what_is_not_finite(
+    args: argparse.Namespace, step: int, query_losses: list[float], outer: list[nn.Parameter]
+) -> None:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
+    if not math.isfinite(sum(query_losses) + norm):
+        languages = [args.src[i % len(args.src)] for i in range((step - 1) * args.tasks, step * args.tasks)]
+        told = ", ".join(f"{language} {loss:.3g}" for language, loss in zip(languages, query_losses))
+        raise BadInput(f"step {step}: query losses of the tasks: {told}; norm of the meta-gradient: "
+                       f"{norm:.3g}; lower --inner-lr or --outer-lr")
 
 
 def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[float]:
