@@ -1,0 +1,138 @@
+"""What priming is worth, with seeds and intervals, on a real encoder and complete test splits.
+
+    python benchmarks/evidence.py --model ENCODER --data WIKIANN --priming none meta ft --seeds 0 1 2
+    python benchmarks/evidence.py --report
+
+Each way of priming and seed is one `prime.py` command; what it leaves is tuned by `finetune.py` for every target and
+number of training sentences. What came out is kept as JSON lines in benchmarks/results/evidence.jsonl, so that the
+tables of `--report` need no run; what is there is not run again, and several processes may take other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
+STEPS = ["--outer-lr", "2e-4", "--steps", "300"]
+PRIMING = {  # the flags of prime.py; none: adapter tuning without priming, full: full fine-tuning
+    "none": None,
+    "full": None,
+    "meta": [*STEPS, "--inner-lr", "0.3"],
+    "paper-alpha": [*STEPS],
+    "ft": [*STEPS, "--method", "ft"],
+    "maml": [*STEPS, "--method", "maml"],
+    "one-step": [*STEPS, "--inner-lr", "0.3", "--inner-steps", "1"],
+    "fifty-steps": [*STEPS, "--inner-steps", "50"],
+    "ft-5e-4": ["--method", "ft", "--outer-lr", "5e-4", "--steps", "300"],
+    "ft-1e-4": ["--method", "ft", "--outer-lr", "1e-4", "--steps", "300"],
+    "ft-1000": ["--method", "ft", "--outer-lr", "2e-4", "--steps", "1000"],
+    "meta-5e-4": ["--inner-lr", "0.3", "--outer-lr", "5e-4", "--steps", "300"],
+    "meta-1e-4": ["--inner-lr", "0.3", "--outer-lr", "1e-4", "--steps", "300"],
+    "meta-1000": ["--inner-lr", "0.3", "--outer-lr", "2e-4", "--steps", "1000"],
+    "meta-alpha-1": [*STEPS, "--inner-lr", "1"],
+    "meta-20-steps": [*STEPS, "--inner-lr", "0.3", "--inner-steps", "20"],
+}
+TUNING = {"none": ["--min-steps", "750"], "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3"]}
+KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
+
+
+def run(script: str, *flags: object) -> None:
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    print("+", " ".join(command[1:]), flush=True)
+    if subprocess.run(command).returncode:
+        sys.exit(f"{script} failed")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
+    """Primes once, if something is missing in the results, and tunes what is missing."""
+    wanted = [(target, size) for target in args.tgt for size in args.sizes]
+    tuning = [*TUNING.get(priming, []), *args.tuning]
+    told = {"priming": priming, "tuning": " ".join(tuning), "split": args.split, "seed": seed}
+    done = {(line["target"], line["asked"]) for line in lines(RESULTS) if told.items() <= line.items()}
+    missing = [pair for pair in wanted if pair not in done]
+    if not missing:
+        return
+    base = ["--model", args.model, "--data", args.data]
+    folder = args.output / f"{priming}-{seed}"
+    start = ["--init", folder]
+    if PRIMING[priming] is None:
+        start = ["--init", "none", "--model", args.model]
+    elif not (folder / "priming.json").exists():
+        run("prime.py", *base, *PRIMING[priming], "--seed", seed, "--save-every", 10**6, "--output", folder)
+    for target, size in missing:
+        file = args.output / f"{priming}-{seed}-{target}-{size}-{args.split}.jsonl"
+        file.unlink(missing_ok=True)
+        run("finetune.py", "--tgt", target, "--data", args.data, *start, "--seeds", seed, "--limit-train", size,
+            "--limit-test", args.limit_test, "--split", args.split, *tuning, "--results", file)
+        (line,) = lines(file)
+        slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT}}
+        with open(RESULTS, "a", encoding="utf-8") as results:
+            results.write(json.dumps(slim) + "\n")
+
+
+def interval(values: pandas.Series) -> str:
+    """Mean ± half of the 95 % interval (Student's t) over seeds; one seed has no interval."""
+    if len(values) < 2:
+        return f"{values.mean():+.2f} (one seed)" if len(values) else ""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
+    return f"{values.mean():+.2f} ± {half:.2f} ({len(values)})"
+
+
+def report(split: str) -> None:
+    table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
+    keys = ["asked", "tuning", "priming", "target", "seed"]
+    f1 = table.drop_duplicates(keys, keep="last").set_index(keys)["f1"]
+    print("| sentences | tuning | priming | target | F1, mean ± std | seeds |\n|---|---|---|---|---|---|")
+    for key, group in f1.groupby(level=keys[:4]):
+        spread = f" ± {group.std():.2f}" if len(group) > 1 else ""
+        print(f"| {' | '.join(map(str, key))} | {group.mean():.2f}{spread} | {len(group)} |")
+    print("\nPaired differences over seeds, 95 % intervals (Student's t):\n")
+    print("| sentences | difference | target | F1 | \n|---|---|---|---|")
+    by_priming = f1.groupby(level=["asked", "target", "seed", "priming"]).last().unstack("priming")
+    by_priming = pandas.concat([by_priming, by_priming.groupby(level=["asked", "seed"]).mean().assign(target="mean")
+                                .set_index("target", append=True).reorder_levels(["asked", "target", "seed"])])
+    pairs = [("meta", other) for other in ("ft", "paper-alpha", "none", "maml", "one-step")] + [("ft", "none")]
+    for one, other in pairs:
+        if {one, other} <= {*by_priming}:
+            difference = (by_priming[one] - by_priming[other]).dropna()
+            for (size, target), group in difference.groupby(level=["asked", "target"]):
+                print(f"| {size} | {one} − {other} | {target} | {interval(group)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("--model", default="bert-base-multilingual-cased")
+    flag("--data", default="unimelb-nlp/wikiann")
+    flag("--priming", nargs="+", choices=[*PRIMING], default=["none", "meta", "ft"])
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flag("--tgt", nargs="+", default=["nl", "ru"])
+    flag("--sizes", type=int, nargs="+", default=[200, 5000], help="training sentences of a target")
+    flag("--split", choices=["test", "validation"], default="test")
+    flag("--limit-test", type=int, default=3000)
+    flag("--tuning", nargs=argparse.REMAINDER, default=[], help="the last flag: what follows goes to finetune.py")
+    flag("--output", type=Path, default=ROOT / "evidence", help="folder for the primed models")
+    flag("--report", action="store_true", help="print the tables and run nothing")
+    args = parser.parse_args()
+    if args.report:
+        return report(args.split)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for priming in args.priming:
+            measure(priming, seed, args)
+
+
+if __name__ == "__main__":
+    main()
