@@ -361,7 +361,9 @@ def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentence
 
     with blaming(f"--pe {pe} (lora: pip install peft), --bottleneck {args.bottleneck}, {args.device}"):
         model = Tagger(encoder, len(tag_names(args.types)), pe, args.bottleneck, args.bf16)
-        model.to(args.device).eval().choose_packing(sentences)
+        model.to(args.device).eval()
+        if sentences:
+            model.choose_packing(sentences)
     return model
 
 

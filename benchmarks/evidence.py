@@ -78,6 +78,7 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
             "--limit-test", args.limit_test, "--split", args.split, *tuning, "--results", file)
         (line,) = lines(file)
         slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT}}
+        RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", encoding="utf-8") as results:
             results.write(json.dumps(slim) + "\n")
 
