@@ -78,8 +78,8 @@ class Tagger(nn.Module):
         if pe == "lora":
             from peft import LoraConfig, inject_adapter_in_model
 
-            names = ["query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
-            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=names)
+            bert, kin = ["query", "value"], ["q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
+            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=bert + kin)
             inject_adapter_in_model(config, encoder)
             self.requires_grad_()  # peft freezes the rest
         self.head = nn.Linear(hidden, num_tags)
@@ -193,8 +193,10 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     return encoder, tokenizer
 
 
-def tokenize(rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length: int) -> list[Sentence]:
-    """Words and their tags with word pieces, cut off after `max_length`, which is told on stderr."""
+def tokenize(
+    rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length: int
+) -> list[Sentence]:
+    """Words and tags with word pieces, cut off after `max_length`, which is told on stderr."""
     texts = [words for words, _ in rows]
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
     sentences = []
@@ -204,7 +206,8 @@ def tokenize(rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length
         sentences.append(Sentence(words, tags, encoded["input_ids"][i], first))
     lost = [sentence.first.count(-1) for sentence in sentences if -1 in sentence.first]
     if lost:
-        told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
+        words = f"{sum(lost)} of {sum(map(len, texts))} words"
+        told = f"{words}, in {len(lost)} of {len(texts)} sentences"
         print(f"cut off after --max-length {max_length}: {told}", file=sys.stderr)
     return sentences
 

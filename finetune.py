@@ -27,13 +27,13 @@ OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds
 
 def parse_arguments() -> argparse.Namespace:
     """The flags; what the folder of --load or --init records takes the place of their defaults."""
-    parser = prime.common_parser(__doc__)
+    parser = prime.common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
     flag("--init", default="primed", help="a folder that prime.py wrote, or none: --model as it is")
     flag("--epochs", type=int, default=10, help="passes over the training sentences")
-    flag("--min-steps", type=int, default=0, metavar="N", help="whole epochs more, up to so many steps")
+    flag("--min-steps", type=int, default=0, metavar="N", help="whole epochs more, up to N steps")
     flag("--lr", type=float, default=3e-3, help="of AdamW, falling to 0")
     flag("--batch-size", type=int, default=16, help="sentences")
     flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
@@ -89,7 +89,7 @@ def main() -> None:
                 updated = sum(p.numel() for p in tuned.values())
                 parameters = sum(p.numel() for theta in model.sets() for p in theta.values())
                 line = {
-                    **vars(args), "target": language, "seed": seed, "seeds": [seed], "run": identity,
+                    **vars(args), "run": identity, "target": language, "seed": seed, "seeds": [seed],
                     **evaluate(model, test, prime.tag_names(args.types)),
                     "updated": updated, "parameters": parameters, "share": updated / parameters,
                     "train_sentences": len(train), "test_sentences": len(test),
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Tensor]]:
-    """f, its tokenizer, and what there is beside it: θa* of a primed folder, or all that --save kept."""
+    """f, its tokenizer, and what is beside it: θa* of a primed folder, or what --save kept."""
     base = args.model if args.init == "none" else args.init
     with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(base, args.max_length)
@@ -120,7 +120,7 @@ def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Tenso
 def start(
     args: Any, encoder: nn.Module, saved: dict[str, Tensor], seed: int, sentences: list[Sentence]
 ) -> tuple[Tagger, Parameters]:
-    """The model before fine-tuning, its head random unless it is saved, and what fine-tuning moves."""
+    """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
     torch.manual_seed(seed)
     pe = args.pe if args.tune == "adapter" else None
     model = prime.build(args, pe, copy.deepcopy(encoder), sentences)
@@ -143,8 +143,9 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
         epoch += 1
     optimizer, schedule = prime.adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    steps = prime.prime(model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule, inner_steps=0)
-    for (loss,) in (bar := tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)):
+    loop = model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule
+    bar = tqdm(prime.prime(*loop, inner_steps=0), f"fine-tuning, seed {seed}", len(batches), disable=None)
+    for (loss,) in bar:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
             raise prime.BadInput(f"fine-tuning, seed {seed}: the loss is {loss}; lower --lr")
@@ -171,8 +172,10 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict[
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
-def keep(args: argparse.Namespace, line: dict[str, Any], folder: Path | None, tuned: Parameters) -> None:
-    """What was tuned in the folder, if there is one, then the line in --results, then on the screen."""
+def keep(
+    args: argparse.Namespace, line: dict[str, Any], folder: Path | None, tuned: Parameters
+) -> None:
+    """What was tuned in the folder, if there is one; the line in --results, then on the screen."""
 
     def write(new: Path) -> None:
         new.mkdir(parents=True, exist_ok=True)

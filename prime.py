@@ -34,27 +34,27 @@ def prime(
     inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False, second_order: bool = False,
     hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
 ) -> Iterator[list[float]]:
-    """Algorithm 1 as a generator: each turn of the caller's loop is one meta step, which moves θ in place
-    and gives the query losses of its tasks. A call that nobody iterates does nothing.
+    """Algorithm 1 as a generator: each turn of the caller's loop is one meta step, which moves θ in
+    place and gives the query losses of its tasks. A call that nobody iterates does nothing.
 
-    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which require
-        gradients. A parameter in none of them is a constant.
-    batches: each is a batch of tasks; a task is a support and a query set, of any form `loss` takes.
-        "Not converged" is the caller's to judge: the end of `batches`, or `break`.
+    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which
+        require gradients. A parameter in none of them is a constant.
+    batches: each is a batch of tasks; a task is a support and a query set, of any form that `loss`
+        takes. "Not converged" is the caller's to judge: the end of `batches`, or `break`.
     loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     inner_lr, inner_steps: α and S.
     maml: the paper's ablation, MAML proper: the inner loop moves the task's copy of θp too.
-    second_order: the exact meta-gradient. Without it the gradients of line 6 are constants, and dθi/dθ is
-        the identity (§4.2). Attention without a second derivative raises RuntimeError: take "eager".
-    hoist: gives back the support, or the query, sets of all tasks with f(x; θp) in the place of x, for
-        `loss` to accept. Exact where θa and θh come after all of θp and θp's part has no dropout; inner
-        steps are nearly free then. Not used with `maml`.
+    second_order: the exact meta-gradient. Without it the gradients of line 6 are constants, so that
+        dθi/dθ is the identity (§4.2). Fused attention raises RuntimeError with it: take "eager".
+    hoist: gives back the support, or the query, sets of all tasks with f(x; θp) in the place of x,
+        for `loss` to accept. Exact where θa and θh come after all of θp, and θp's part has no
+        dropout; inner steps are nearly free then. Not used with `maml`.
 
-    Modes stay: call `model.eval()` before, unless dropout is wanted. `.grad` of θp and θa holds the last
-    meta-gradient. In a process group each process brings its own tasks; line 9 sums over all, and θ1_h
-    is the first's. Raises ValueError for what would go wrong in silence; it cannot see activations that
-    your own code checkpoints, which are computed again with θ in the place of θi.
+    Modes stay: call `model.eval()` before, unless dropout is wanted. `.grad` of θp and θa holds the
+    last meta-gradient. In a process group each process brings its own tasks; line 9 sums over all,
+    and θ1_h is the first's. Raises ValueError for what would go wrong in silence. It cannot see
+    activations that your own code checkpoints: they are computed again with θ in the place of θi.
     """
     check(model, [theta_p, theta_a, theta_h], optimizer, inner_steps)
     outer = [*theta_p.values(), *theta_a.values()]
@@ -96,15 +96,18 @@ def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
 
 def gradient_of(loss: Tensor, theta: Mapping[str, Tensor], second_order: bool) -> dict[str, Tensor]:
     """∇_θ of the loss, by name; zero where the loss does not depend on a part of θ."""
-    found = torch.autograd.grad(loss, list(theta.values()), create_graph=second_order, allow_unused=True)
+    tensors = list(theta.values())
+    found = torch.autograd.grad(loss, tensors, create_graph=second_order, allow_unused=True)
     if all(gradient is None for gradient in found):
         raise ValueError("no gradient reaches θi: the loss must call f(...), and not model(...)")
     zero = torch.zeros_like(loss)
     return {n: zero if gradient is None else gradient for n, gradient in zip(theta, found)}
 
 
-def share_among_processes(losses: list[Tensor], outer: list[nn.Parameter], theta_1_h: list[Tensor]) -> list:
-    """In a process group: sums the meta-gradients, spreads the first's θ1_h. The losses of all tasks."""
+def share_among_processes(
+    losses: list[Tensor], outer: list[nn.Parameter], theta_1_h: list[Tensor]
+) -> list[float]:
+    """In a process group: sums the meta-gradients, spreads the first's θ1_h. All query losses."""
     everyones = [[loss.item() for loss in losses]]
     if distributed.is_available() and distributed.is_initialized():
         for parameter in outer:
@@ -120,18 +123,20 @@ def share_among_processes(losses: list[Tensor], outer: list[nn.Parameter], theta
 def support_and_query_sets(tasks: Iterable[tuple[Batch, Batch]]) -> Iterable[Sequence[Batch]]:
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks):
-        raise ValueError("a batch of tasks is a list of pairs (support set, query set), at least one")
+        raise ValueError("a batch of tasks is a list of pairs (support set, query set), not empty")
     return zip(*tasks)
 
 
-def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Optimizer, inner_steps: int) -> None:
-    """Raises ValueError, with the name and the mend, for what Algorithm 1 would do wrong in silence."""
+def check(
+    model: nn.Module, sets: Sequence[Parameters], optimizer: Optimizer, inner_steps: int
+) -> None:
+    """Raises ValueError, with the name and the mend, for what would go wrong in silence."""
     own = dict(model.named_parameters(remove_duplicate=False))
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     seen = set()
     for name, parameter in [item for theta in sets for item in theta.items()]:
         if own.get(name) is not parameter:
-            raise ValueError(f"{name} is not the model's: take θ from the model as it is now, once wrapped")
+            raise ValueError(f"{name} is not the model's own: take θ from it as it is now")
         if id(parameter) in seen:
             raise ValueError(f"{name} is in θ twice: θp, θa and θh are disjoint")
         if not parameter.requires_grad:
@@ -142,12 +147,13 @@ def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Optimizer, in
     if inner_steps and not sets[2]:
         raise ValueError("θh is empty: name the head, which the inner loop moves with θa")
     for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper":
-            raise ValueError(f"{name}: checkpointing computes again with θ in the place of θi: turn it off")
+        wrapped = type(module).__name__ == "CheckpointWrapper"
+        if wrapped or getattr(module, "gradient_checkpointing", False):
+            raise ValueError(f"{name}: checkpointing recomputes with θ for θi: turn it off")
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
-    """AdamW (Loshchilov and Hutter 2019) whose rate falls linearly from `lr` to zero over `steps` steps."""
+    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero in `steps` steps."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
@@ -179,9 +185,9 @@ def tag_names(types: list[str]) -> list[str]:
 def read_split(data: str, language: str, split: str, types: list[str]) -> list[Row]:
     """The sentences of a split: "train", "validation" or "test".
 
-    `data` is a hub name or a folder with one folder a language: `train.txt` with the word first and the
-    tag last in a line, the original archives' `train` with `language:` before each word, or parquet files
-    as on the hub. Raises BadInput with file and line, or row.
+    `data` is a hub name or a folder with one folder a language: `train.txt` with the word first and
+    the tag last in a line, the original archives' `train` with `language:` before each word, or
+    parquet files as on the hub. Raises BadInput with file and line, or row.
     """
     folder, tags, prefix, required = Path(data) / language, tag_names(types), f"{language}:", ""
     if (folder / f"{split}.txt").is_file():
@@ -262,7 +268,7 @@ def sample_batches(
     """This process's tasks of each step: disjoint random sentences of the source languages in turn.
 
     They depend on `args.seed` and the step alone: every method draws the same sentences. FT priming
-    takes both sets as the query set. Dropout is seeded here, so that a run goes on as it would have.
+    takes both sets as the query set. Dropout is seeded here, for a run to go on as it would have.
     """
     for step in range(begin, args.steps):
         chance = random.Random(f"{args.seed} {step}")
@@ -287,7 +293,7 @@ FREE = {"device", "output", "results", "save", "save_every", "seeds", "tgt"}  # 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = common_parser(__doc__)
+    parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     flag("--method", choices=["meta", "maml", "ft"], default="meta", help="rows 4, 6, 5 of Table 1")
@@ -320,12 +326,11 @@ def main() -> None:
         raise BadInput(f"--src: {[*map(len, corpora)]} sentences; lower --support or --query")
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
-    with torch.no_grad():
-        tell_scale(args, model.encode(corpora[0][:100]))
+    tell_scale(args, model, corpora[0][:100])
     if args.second_order and (args.method == "maml" or not model.on_top):
         encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
-    if args.method == "ft":  # §5.2: without inner steps a meta step is plain fine-tuning on the query sets
+    if args.method == "ft":  # §5.2: without inner steps a meta step is plain fine-tuning
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
     outer = [*theta_p.values(), *theta_a.values()]
@@ -339,7 +344,8 @@ def main() -> None:
     steps = prime(
         model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
         inner_lr=args.inner_lr, inner_steps=inner_steps, maml=args.method == "maml",
-        second_order=args.second_order, hoist=model.hoist if model.on_top else None,  # else f changes with θi
+        second_order=args.second_order,
+        hoist=model.hoist if model.on_top else None,  # else f changes with θi
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank or None)
     for query_losses in bar:
@@ -350,7 +356,7 @@ def main() -> None:
             state = identity, losses, [part.state_dict() for part in (model, optimizer, schedule)]
             replace(args.output / CHECKPOINT, lambda new, state=state: torch.save(state, new))
         if rank == 0 and stopped:
-            raise BadInput(f"stopped after step {len(losses)} of {args.steps}; the same command goes on")
+            raise BadInput(f"stopped after step {len(losses)}; the same command goes on")
     if rank == 0:
         save(args, identity, losses, model, tokenizer)
 
@@ -359,7 +365,7 @@ def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentence
     """The model; it packs sentences where that is exact."""
     from adapters import Tagger
 
-    with blaming(f"--pe {pe} (lora: pip install peft), --bottleneck {args.bottleneck}, {args.device}"):
+    with blaming(f"--pe {pe} (lora: pip install peft), --device {args.device}"):
         model = Tagger(encoder, len(tag_names(args.types)), pe, args.bottleneck, args.bf16)
         model.to(args.device).eval()
         if sentences:
@@ -367,9 +373,11 @@ def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentence
     return model
 
 
-def tell_scale(args: argparse.Namespace, sentences: list[Any]) -> None:
-    """An inner step changes the head's scores by about α‖f(x)‖²: by it α is carried to another encoder."""
-    square = torch.cat([sentence.features for sentence in sentences]).square().sum(-1).mean()
+@torch.no_grad()
+def tell_scale(args: argparse.Namespace, model: Any, sentences: list[Any]) -> None:
+    """A step on the head changes its scores by about α‖f(x)‖²: so α is carried to other encoders."""
+    features = torch.cat([sentence.features for sentence in model.encode(sentences)])
+    square = features.square().sum(-1).mean()
     print(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
 
 
@@ -378,20 +386,20 @@ def refuse_what_is_not_finite(
 ) -> None:
     norm = torch.nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
     if not math.isfinite(sum(query_losses) + norm):
-        languages = [args.src[i % len(args.src)] for i in range((step - 1) * args.tasks, step * args.tasks)]
-        told = ", ".join(f"{language} {loss:.3g}" for language, loss in zip(languages, query_losses))
-        raise BadInput(f"step {step}: query losses of the tasks: {told}; norm of the meta-gradient: "
-                       f"{norm:.3g}; lower --inner-lr or --outer-lr")
+        first = (step - 1) * args.tasks
+        told = [f"{args.src[(first + i) % len(args.src)]} {x:.3g}" for i, x in enumerate(query_losses)]
+        raise BadInput(f"step {step}: query losses of the tasks: {', '.join(told)}; norm of the "
+                       f"meta-gradient: {norm:.3g}; lower --inner-lr or --outer-lr")
 
 
 def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[float]:
-    """The losses of the unfinished run in --output, whose state goes into `parts`; none if it is new."""
+    """The losses of the unfinished run in --output, its state put into `parts`; none if it is new."""
     import fcntl
 
     output, losses, states = args.output, [], []
     with blaming(f"--output {output} (does another command write there?)"):
         output.mkdir(parents=True, exist_ok=True)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:  # until this process ends
+        if not distributed.is_initialized() or distributed.get_rank() == 0:  # till it ends
             fcntl.flock(os.open(output, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (output / COMPLETE).exists():
             found = json.loads((output / COMPLETE).read_text())["run"]
@@ -400,7 +408,7 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
         else:
             found = None if {*output.iterdir()} - {output / f"{CHECKPOINT}.new"} else identity
         if found != identity:
-            raise BadInput(f"{output} is of other settings, data or weights, or not ours; name another")
+            raise BadInput(f"{output} is of other settings, data or weights; name another")
         for part, state in zip(parts, states):
             part.load_state_dict(state)
     if (output / COMPLETE).exists():
@@ -409,7 +417,9 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
     return losses
 
 
-def save(args: argparse.Namespace, identity: str, losses: list[float], model: Any, tokenizer: Any) -> None:
+def save(
+    args: argparse.Namespace, identity: str, losses: list[float], model: Any, tokenizer: Any
+) -> None:
     """θp* as `AutoModel` reads it, θa* beside it, and last what tells that all is there."""
     from safetensors.torch import save_file
 
@@ -418,7 +428,8 @@ def save(args: argparse.Namespace, identity: str, losses: list[float], model: An
         tokenizer.save_pretrained(args.output)
         save_file(model.sets()[1], args.output / "adapter.safetensors")
     record = {**vars(args), "run": identity, "last_losses": losses[-10:]}
-    replace(args.output / COMPLETE, lambda new: new.write_text(json.dumps(record, indent=2, default=str)))
+    text = json.dumps(record, indent=2, default=str)
+    replace(args.output / COMPLETE, lambda new: new.write_text(text))
     (args.output / CHECKPOINT).unlink()
     print(f"{args.output}: {args.steps} meta steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
@@ -456,17 +467,17 @@ def checksum(weights: Iterable[Tensor]) -> int:
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags that prime.py and finetune.py share."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description.split("\n\n")[0], formatter_class=with_defaults)
-    parser.print_usage = lambda file=None: None  # a wrong flag too ends with one line and exit status 2
+    parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
+    parser.print_usage = lambda file=None: None  # a wrong flag too ends with one line
     flag = parser.add_argument
-    flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder; paper: mBERT")
-    flag("--data", default="unimelb-nlp/wikiann", help="on the hub or in a folder, in README's layouts")
+    flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder")
+    flag("--data", default="unimelb-nlp/wikiann", help="on the hub or in a folder")
     flag("--types", nargs="+", default=["PER", "ORG", "LOC"], help="of entities")
     flag("--pe", choices=["adapter", "houlsby", "bitfit", "lora"], default="adapter", help="what θa is")
     flag("--bottleneck", type=int, default=64, help="of an adapter, paper: 64; the rank of LoRA")
     flag("--max-length", type=int, default=128, help="word pieces of a sentence")
     flag("--limit-train", type=int, metavar="N", help="first N sentences of each training split")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--bf16", action="store_true", help="run the encoder under autocast to bfloat16")
     return parser
 
@@ -476,8 +487,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     for name, value in vars(args).items():
         least = 0 if name in ("inner_steps", "seed", "seeds", "min_steps") else 1e-300
-        numbers = [x for x in (value if isinstance(value, list) else [value]) if type(x) in (int, float)]
-        if not all(least <= number < 2**63 for number in numbers):
+        values = value if isinstance(value, list) else [value]
+        if not all(least <= x < 2**63 for x in values if type(x) in (int, float)):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
     return args
 
