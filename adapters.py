@@ -102,6 +102,7 @@ class Tagger(nn.Module):
         they have alone. Raises ValueError if even a padded row of its own changes those of one."""
         by_length = sorted(sentences, key=lambda sentence: len(sentence.pieces))
         probe = by_length[:2] + by_length[-1:]
+        bf16, self.bf16 = self.bf16, False  # whose rounding would hide what we look for
         alone = torch.cat([self.encode([sentence])[0].features for sentence in probe])
         after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
         for self.first_position in (0, after_padding, None):
@@ -109,7 +110,8 @@ class Tagger(nn.Module):
                 packed = torch.cat([sentence.features for sentence in self.encode(probe)])
             except Exception:  # who takes no positions or no mask of pairs tells it in many ways
                 continue
-            if (packed - alone).norm() <= (5e-2 if self.bf16 else 1e-3) * alone.norm():
+            if (packed - alone).norm() <= 1e-5 * alone.norm():
+                self.bf16 = bf16
                 return
         raise ValueError(f"{self.encoder.config.model_type} mixes the sentences of a batch")
 
