@@ -205,7 +205,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[R
             rows[-1][1].append(tags.index(tag))
         else:
             wanted = f"{required}word and tag; --types gives the tags {' '.join(tags)}"
-            raise BadInput(f"{place}: {word[:80]!r} {tag!r} is not {wanted}")
+            raise BadInput(f"{place}: {str(word)[:80]!r} {str(tag)[:80]!r} is not {wanted}")
     rows = [row for row in rows if row[0]]
     if not rows:
         raise BadInput(f"{folder}: the {split} split is empty")
