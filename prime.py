@@ -134,16 +134,17 @@ def check(
     own = dict(model.named_parameters(remove_duplicate=False))
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     seen = set()
-    for name, parameter in [item for theta in sets for item in theta.items()]:
-        if own.get(name) is not parameter:
-            raise ValueError(f"{name} is not the model's own: take θ from it as it is now")
-        if id(parameter) in seen:
-            raise ValueError(f"{name} is in θ twice: θp, θa and θh are disjoint")
-        if not parameter.requires_grad:
-            raise ValueError(f"{name} requires no gradient: call requires_grad_() on all of θ")
-        if held.count(id(parameter)) != (name not in sets[2]):
-            raise ValueError(f"{name}: the optimizer must hold θp and θa, each once, and not θh")
-        seen.add(id(parameter))
+    for theta in sets:
+        for name, parameter in theta.items():
+            if own.get(name) is not parameter:
+                raise ValueError(f"{name} is not the model's own: take θ from it as it is now")
+            if id(parameter) in seen:
+                raise ValueError(f"{name} is in θ twice: θp, θa and θh are disjoint")
+            if not parameter.requires_grad:
+                raise ValueError(f"{name} requires no gradient: call requires_grad_() on all of θ")
+            if held.count(id(parameter)) != (theta is not sets[2]):
+                raise ValueError(f"{name}: the optimizer must hold θp and θa, each once, and not θh")
+            seen.add(id(parameter))
     if inner_steps and not sets[2]:
         raise ValueError("θh is empty: name the head, which the inner loop moves with θa")
     for name, module in model.named_modules():
