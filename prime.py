@@ -52,9 +52,9 @@ def prime(
         dropout; inner steps are nearly free then. Not used with `maml`.
 
     Modes stay: call `model.eval()` before, unless dropout is wanted. `.grad` of θp and θa holds the
-    last meta-gradient. In a process group each process brings its own tasks; line 9 sums over all,
-    and θ1_h is the first's. Raises ValueError for what would go wrong in silence. It cannot see
-    activations that your own code checkpoints: they are computed again with θ in the place of θi.
+    last meta-gradient. In a process group all start from the same θ and each brings its own tasks;
+    line 9 sums over all, and θ1_h is the first's. Raises ValueError as `check` says. Activations that
+    your own code checkpoints, which it cannot see, would be recomputed with θ in the place of θi.
     """
     check(model, [theta_p, theta_a, theta_h], optimizer, inner_steps)
     outer = [*theta_p.values(), *theta_a.values()]
@@ -62,31 +62,34 @@ def prime(
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks)
-        if hoist and not maml:  # nothing moves θp before line 9
+        if hoist and not maml:  # f(x; θp) once for all of lines 3 to 8, which do not move θp
             with torch.set_grad_enabled(second_order):
                 supports = hoist(supports)
             queries = hoist(queries)
-        query_losses, heads = [], []
+        query_losses, theta_1 = [], {}
         for support, query in zip(supports, queries, strict=True):  # 3: for all Ti in T do
             theta_i = {name: parameter.clone() for name, parameter in inner.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 gradient = gradient_of(loss(at(model, theta_i), support), theta_i, second_order)
-                theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6
+                theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6: θi_a, θi_h
             # 7: end for
             query_losses.append(loss(at(model, theta_i), query))
-            heads.append([theta_i[name].detach() for name in theta_h])
+            theta_1 = theta_1 or theta_i
         # 8: end for
         optimizer.zero_grad()
         sum(query_losses).backward(inputs=outer)  # 9: ∇ of the sum over tasks
-        all_losses = share_among_processes(query_losses, outer, heads[0])
+        if theta_p and all(parameter.grad is None for parameter in theta_p.values()):
+            raise ValueError("no gradient reaches θp: does `hoist` detach the query sets' features?")
+        theta_1_h = [theta_1[name].detach() for name in theta_h]
+        all_losses = share_among_processes(query_losses, outer, theta_1_h)
         optimizer.step()  # 9: θa and θp
         schedule.step()
-        for parameter, theta_1_h in zip(theta_h.values(), heads[0]):
-            parameter.data.copy_(theta_1_h)  # 9: θh = θ1_h
-        torch.clear_autocast_cache()  # it holds casts of the θp that was
+        for parameter, value in zip(theta_h.values(), theta_1_h):
+            parameter.data.copy_(value)  # 9: θh = θ1_h
+        torch.clear_autocast_cache()  # a caller's autocast would keep casts of the θp that was
         yield all_losses
     # 10: end while
-    return theta_p, theta_a  # 11
+    return theta_p, theta_a  # 11: they were moved in place
 
 
 def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -108,15 +111,15 @@ def share_among_processes(
     losses: list[Tensor], outer: list[nn.Parameter], theta_1_h: list[Tensor]
 ) -> list[float]:
     """In a process group: sums the meta-gradients, spreads the first's θ1_h. All query losses."""
-    everyones = [[loss.item() for loss in losses]]
-    if distributed.is_available() and distributed.is_initialized():
-        for parameter in outer:
-            if parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
-        for tensor in theta_1_h:
-            distributed.broadcast(tensor, 0)
-        everyones *= distributed.get_world_size()
-        distributed.all_gather_object(everyones, everyones[0])
+    mine = [loss.item() for loss in losses]
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return mine
+    for gradient in [parameter.grad for parameter in outer if parameter.grad is not None]:
+        distributed.all_reduce(gradient)
+    for tensor in theta_1_h:
+        distributed.broadcast(tensor, 0)
+    everyones = [mine] * distributed.get_world_size()
+    distributed.all_gather_object(everyones, mine)
     return sum(everyones, [])
 
 
@@ -155,7 +158,7 @@ def check(
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero in `steps` steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
 
@@ -290,7 +293,8 @@ def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
 
 
 CHECKPOINT, COMPLETE = "checkpoint.pt", "priming.json"  # the second is written last
-FREE = {"device", "output", "results", "save", "save_every", "seeds", "tgt"}  # of no effect
+NOT_IN_IDENTITY = ("model", "data", "init", "load", "device", "output", "save_every", "tgt", "seeds",
+                   "results", "save")  # places, whose contents are, and what has no say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -318,7 +322,7 @@ def main() -> None:
 
     from adapters import load_encoder
 
-    rank, processes = join_processes(args.device)
+    rank, processes = join_processes(args)
     torch.manual_seed(args.seed)
     with blaming(f"--model {args.model} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length)
@@ -413,6 +417,7 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
         for part, state in zip(parts, states):
             part.load_state_dict(state)
     if (output / COMPLETE).exists():
+        (output / CHECKPOINT).unlink(missing_ok=True)
         print(f"{output} is complete")
         sys.exit()
     return losses
@@ -443,26 +448,28 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         new.replace(path)
 
 
-def join_processes(device: str) -> tuple[int, int]:
+def join_processes(args: argparse.Namespace) -> tuple[int, int]:
     """Under torchrun: the number of this process, and of how many. The first one speaks."""
     if not distributed.is_torchelastic_launched():
         return 0, 1
     distributed.init_process_group()
-    if device == "cuda":
+    if args.device == "cuda":
         torch.cuda.set_device(distributed.get_node_local_rank())
     if distributed.get_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
+    if args.tasks < distributed.get_world_size():
+        raise BadInput(f"--tasks {args.tasks}: each of {distributed.get_world_size()} processes needs one")
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def identify(args: argparse.Namespace, weights: Iterable[Tensor], sentences: list[Any]) -> str:
     """A checksum of all that decides a result: settings, weights and data."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_IDENTITY}
     return f"{zlib.crc32(repr([settings, checksum(weights), sentences]).encode()):08x}"
 
 
 def checksum(weights: Iterable[Tensor]) -> int:
-    return sum(zlib.crc32(tensor.detach().cpu().numpy()) for tensor in weights)
+    return zlib.crc32(repr([zlib.crc32(tensor.detach().cpu().numpy()) for tensor in weights]).encode())
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
@@ -487,9 +494,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, if all numbers are positive and finite; some may be zero."""
     args = parser.parse_args()
     for name, value in vars(args).items():
-        least = 0 if name in ("inner_steps", "seed", "seeds", "min_steps") else 1e-300
-        values = value if isinstance(value, list) else [value]
-        if not all(least <= x < 2**63 for x in values if type(x) in (int, float)):
+        zero = name in ("inner_steps", "seed", "seeds", "min_steps")
+        numbers = [x for x in (value if type(value) is list else [value]) if type(x) in (int, float)]
+        if not all(0 < x < 2**63 or zero and x == 0 for x in numbers):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
     return args
 
@@ -504,7 +511,6 @@ def run(main: Callable[[], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
     finally:
-        sys.stderr = sys.__stderr__  # for the traceback of a process that was not to speak
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
