@@ -458,7 +458,7 @@ def join_processes(args: argparse.Namespace) -> tuple[int, int]:
     if distributed.get_rank():
         sys.stdout = open(os.devnull, "w")
     if args.tasks < distributed.get_world_size():
-        raise BadInput(f"--tasks {args.tasks}: each of {distributed.get_world_size()} processes needs one")
+        raise BadInput(f"--tasks {args.tasks}: fewer than processes")
     return distributed.get_rank(), distributed.get_world_size()
 
 
