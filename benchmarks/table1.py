@@ -2,17 +2,16 @@
 
     python benchmarks/table1.py --model ENCODER --data WIKIANN --tgt nl hi af et
 
-Without flags it takes mBERT and the whole of WikiAnn from the hub, as the paper does. A seed is that of priming and of
-fine-tuning alike. What is done is not done again: stop it and start it again with the same flags, or more targets, rows
-or seeds. A second process may do other rows into the same --output meanwhile; a last call with all rows prints all.
+Without flags it takes mBERT and the whole of WikiAnn from the hub, as the paper does. A seed is that of
+priming and of fine-tuning alike. What is done is not done again: stop it and start it again with the same
+flags, or more targets, rows or seeds. A second process may do other rows into the same --output meanwhile; a
+last call with all rows prints all.
 
-Prints mean ± standard deviation over the seeds; for each priming the share of the gap between AT (row 3) and Full FT
-(row 1) that it closes, the two ends being means over the seeds; and differences between rows, seed by seed. The mean is
-that of the targets' values. What has no ± is of the first seed alone. Draws the shares, with the seeds as dots
-(matplotlib, in benchmarks/requirements.txt).
+Prints mean ± standard deviation over the seeds; for each priming the share of the gap between AT (row 3) and
+Full FT (row 1) that it closes, the two ends being means over the seeds; and differences between rows, seed by
+seed. The mean is that of the targets' values. What has no ± is of the first seed alone. Draws the shares,
+with the seeds as dots (matplotlib, in benchmarks/requirements.txt).
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -26,14 +25,18 @@ import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import prime  # noqa: E402
+import prime
 
-NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT", 6: "MP [MAML Loop] → AT",
-         7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}  # the paper could not afford row 8
-PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", "1"], 8: ["--inner-steps", "50"]}
+# row 8 is not in the paper, which could not afford it
+NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT",
+         6: "MP [MAML Loop] → AT", 7: "MP [1 Inner Step] → AT", 8: "MP [50 Inner Steps] → AT"}
+PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", "1"],
+           8: ["--inner-steps", "50"]}
+TYPES = ["PER", "ORG", "LOC"]
 DIFFERENCES = [(4, 3), (4, 5), (4, 6), (4, 7), (8, 3), (8, 4), (8, 5)]
 FEW = ["--min-steps", "750"]  # on 400 sentences settings without priming gain by it, row 4 loses
-TUNING = {1: ["--tune", "full", "--lr", "5e-5", "--epochs", "3", *FEW], 2: ["--tune", "head", "--lr", "3e-2", *FEW], 3: FEW}
+TUNING = {1: ["--tune", "full", "--lr", "5e-5", "--epochs", "3", *FEW],
+          2: ["--tune", "head", "--lr", "3e-2", *FEW], 3: FEW}
 
 
 def run(script: str, *flags: object) -> None:
@@ -53,8 +56,8 @@ def run(script: str, *flags: object) -> None:
 
 
 def measure(row: int, args: argparse.Namespace) -> list[dict]:
-    """The lines of `finetune.py` for a row, one for each target, seed and split; does what is not done yet."""
-    folder, base = args.output / f"row-{row}", ["--model", args.model, "--data", args.data]
+    """The lines of `finetune.py` for a row, by target, seed and split; does what is not done yet."""
+    folder, data, model = args.output / f"row-{row}", ["--data", args.data], ["--model", args.model]
     official, distinct = folder / "official.jsonl", folder / "distinct.jsonl"
     limits = [word for name in ("train", "test") if (limit := vars(args)[f"limit_{name}"])
               for word in (f"--limit-{name}", limit)]
@@ -64,14 +67,15 @@ def measure(row: int, args: argparse.Namespace) -> list[dict]:
     for init, of_init in inits.items():
         if not found(official).keys() >= {(target, seed) for target in args.tgt for seed in of_init}:
             if row in PRIMING:
-                run("prime.py", "--src", *args.src, *base, "--steps", args.steps, "--outer-lr", args.outer_lr,
-                    *PRIMING[row], "--seed", *of_init, "--output", init, "--resume")
-            run("finetune.py", "--tgt", *args.tgt, *base, *TUNING.get(row, []), *limits, "--init", init,
-                "--seeds", *of_init, *keep, "--results", official, "--resume")
+                run("prime.py", "--src", *args.src, *model, *data, "--steps", args.steps,
+                    "--outer-lr", args.outer_lr, *PRIMING[row], "--seed", *of_init, "--output", init)
+            base = ["--init", init] if row in PRIMING else ["--init", "none", *model]
+            run("finetune.py", "--tgt", *args.tgt, *base, *data, *TUNING.get(row, []), *limits,
+                "--seeds", *of_init, *keep, "--results", official)
         for target in args.distinct if seeds[0] in of_init else []:
             if (target, seeds[0]) not in found(distinct):
                 run("finetune.py", "--tgt", target, "--data", args.output / "distinct",
-                    "--score", folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
+                    "--load", folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
     return [{**line, "row": row, "split": path.stem} for path in (official, distinct)
             for (target, seed), line in found(path).items() if target in args.tgt and seed in seeds]
 
@@ -83,16 +87,15 @@ def found(results: Path) -> dict[tuple[str, int], dict]:
 
 
 def write_distinct(target: str, args: argparse.Namespace) -> None:
-    """Writes the test split without the sentences that the training split has too, for `finetune.py --data`."""
-    train, _ = prime.read_split(args.data, target, "train", args.limit_train)
-    test, names = prime.read_split(args.data, target, "test", args.limit_test)
-    known = {tuple(words) for words, _ in train}
+    """Writes the test split without the sentences that the training split has too, in a folder of data."""
+    train = prime.read_split(args.data, target, "train", TYPES)[: args.limit_train]
+    test = prime.read_split(args.data, target, "test", TYPES)[: args.limit_test]
+    known, tags = {tuple(words) for words, _ in train}, prime.tag_names(TYPES)
     rows = [row for row in test if tuple(row[0]) not in known]
-    sentences = ["".join(f"{word}\t{names[tag]}\n" for word, tag in zip(*row)) for row in rows]
+    sentences = ["".join(f"{word}\t{tags[tag]}\n" for word, tag in zip(*row, strict=True)) for row in rows]
     folder = args.output / "distinct" / target
     folder.mkdir(parents=True, exist_ok=True)
-    with prime.whole_folder(folder, "test.txt") as new:
-        (new / "test.txt").write_text("\n".join(sentences), encoding="utf-8")
+    prime.replace(folder / "test.txt", lambda new: new.write_text("\n".join(sentences), encoding="utf-8"))
     print(f"{target}: {len(test) - len(rows)} of {len(test)} test sentences are training sentences too")
 
 
@@ -124,7 +127,7 @@ def draw(shares: pandas.DataFrame, targets: list[str], picture: Path) -> None:
         seeds = [shares[name].loc[target].dropna() for target in targets]
         places = [place + (i - (len(shares.columns) - 1) / 2) * width for place in range(len(targets))]
         bars = axes.bar(places, [column.mean() for column in seeds], 0.9 * width, alpha=0.5, label=name)
-        for place, column in zip(places, seeds):
+        for place, column in zip(places, seeds, strict=True):
             axes.plot([place] * len(column), column, ".", color=bars[0].get_facecolor()[:3])
     axes.set(ylabel="gap between AT and Full FT closed, %")
     axes.set_xticks(range(len(targets)), targets)
@@ -134,25 +137,25 @@ def draw(shares: pandas.DataFrame, targets: list[str], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flag, number = parser.add_argument, prime.positive(int)
+    flag = parser.add_argument
     flag("--model", default="bert-base-multilingual-cased")
     flag("--data", default="unimelb-nlp/wikiann")
     flag("--src", nargs="+", default=["en", "es"])
     flag("--tgt", nargs="+", default=["hi", "af", "az", "lt", "et", "nl"])
     flag("--rows", type=int, nargs="+", choices=[*NAMES], default=[*NAMES])
-    flag("--seeds", type=prime.positive(int, or_zero=True), nargs="+", default=[0, 1, 2])
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag("--one-seed", type=int, nargs="*", choices=[*NAMES], default=[], metavar="ROW",
          help="rows for which the first seed must do")
-    flag("--steps", type=number, default=1000, help="meta steps")
-    flag("--outer-lr", type=prime.positive(float), default=5e-5)
-    flag("--limit-train", type=number, metavar="N", help="sentences of each target's training split")
-    flag("--limit-test", type=number, metavar="N")
+    flag("--steps", type=int, default=1000, help="meta steps")
+    flag("--outer-lr", type=float, default=5e-5)
+    flag("--limit-train", type=int, metavar="N", help="sentences of each target's training split")
+    flag("--limit-test", type=int, metavar="N")
     flag("--distinct", nargs="*", default=[], metavar="LANG",
-         help="targets to score, with the first seed, also without the test sentences that are training sentences; "
-         "all that is tuned is kept for it in --output")
+         help="targets to score, with the first seed, also without the test sentences that are training "
+         "sentences; all that is tuned is kept for it in --output")
     flag("--output", type=Path, default=Path("table1"), help="folder for what is primed, tuned and found")
     flag("--picture", type=Path, help="default: table1.svg in --output")
-    args = parser.parse_args()
+    args = prime.parse(parser)
     if not {*args.distinct} <= {*args.tgt}:
         parser.error(f"--distinct {' '.join(args.distinct)} is not among --tgt")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -162,8 +165,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     kept = args.output / "settings.json"
     if not kept.exists():
-        with prime.whole_folder(args.output, kept.name) as new:
-            (new / kept.name).write_text(settings)
+        prime.replace(kept, lambda new: new.write_text(settings))
     if kept.read_text() != settings:
         raise prime.BadInput(f"{args.output} is of other settings: {kept.read_text()}; take another --output")
     for target in args.distinct:
@@ -182,7 +184,8 @@ def main() -> None:
     primed = f1[[row for row in f1 if row in PRIMING]].rename(columns=NAMES)
     if {1, 3} <= {*f1} and len(primed.columns):
         means = f1.groupby("target").mean()
-        shares = 100 * primed.sub(means[3], axis=0, level="target").div(means[1] - means[3], axis=0, level="target")
+        above = primed.sub(means[3], axis=0, level="target")
+        shares = 100 * above.div(means[1] - means[3], axis=0, level="target")
         print_table("% of the gap between AT and Full FT closed", shares, args.tgt, ".0f")
         draw(shares, args.tgt, args.picture or args.output / "table1.svg")
 

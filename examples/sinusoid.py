@@ -1,7 +1,8 @@
-"""Priming without a transformer and without language: sinusoid regression, the toy of MAML (Finn et al. 2017, §5.1).
+"""Priming without a transformer and without language: sine waves, the toy of MAML (Finn et al. 2017, §5.1).
 
-`python examples/sinusoid.py`: a task is a sine wave. θa is a small module in the middle of an MLP, θh its last layer,
-θp the rest. "PE fine-tuning" moves θa and a new θh by SGD, on ten points of a wave that was not seen before.
+`python examples/sinusoid.py`: a task is a sine wave. θa is a small module in the middle of an MLP, θh its
+last layer, θp the rest. "PE fine-tuning" moves θa and a new θh by SGD, on ten points of a wave that was not
+seen before.
 """
 
 import copy
@@ -38,7 +39,9 @@ theta_p, theta_a, theta_h = ({n: p for n, p in model.named_parameters() if n.sta
                              for part in (("below", "above"), "adapter", "head"))
 optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], lr=3e-3, steps=meta_steps)
 batches = ([draw_task()[:2] for _ in range(4)] for _ in range(meta_steps))
-prime(model, theta_p, theta_a, theta_h, batches, loss, optimizer, schedule, inner_lr=0.01)
+meta_training = prime(model, theta_p, theta_a, theta_h, batches, loss, optimizer, schedule, inner_lr=0.01)
+for _query_losses in meta_training:  # each turn is a meta step
+    pass
 
 waves = [draw_task() for _ in range(50)]
 print("the first of 50 new waves, x =" + " ".join(f"{x:6}" for x in range(-5, 6)) + "   MSE, all waves")
