@@ -3,9 +3,10 @@
     python benchmarks/evidence.py --model ENCODER --data WIKIANN --priming none meta ft --seeds 0 1 2
     python benchmarks/evidence.py --report
 
-Each way of priming and seed is one `prime.py` command; what it leaves is tuned by `finetune.py` for every target and
-number of training sentences. What came out is kept as JSON lines in benchmarks/results/evidence.jsonl, so that the
-tables of `--report` need no run; what is there is not run again, and several processes may take other seeds.
+Each way of priming and seed is one `prime.py` command; what it leaves is tuned by `finetune.py` for every
+target and number of training sentences. What came out is kept as JSON lines in
+benchmarks/results/evidence.jsonl, so that the tables of `--report` need no run; what is there is not run
+again, and several processes may take other seeds.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
     for target, size in missing:
         file = args.output / f"{priming}-{seed}-{target}-{size}-{args.split}.jsonl"
         file.unlink(missing_ok=True)
-        run("finetune.py", "--tgt", target, "--data", args.data, *start, "--seeds", seed, "--limit-train", size,
-            "--limit-test", args.limit_test, "--split", args.split, *tuning, "--results", file)
+        limits = ["--limit-train", size, "--limit-test", args.limit_test]
+        run("finetune.py", "--tgt", target, "--data", args.data, *start, "--seeds", seed, *limits,
+            "--split", args.split, *tuning, "--results", file)
         (line,) = lines(file)
         slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT}}
         RESULTS.parent.mkdir(exist_ok=True)
@@ -102,9 +104,11 @@ def report(split: str) -> None:
     print("\nPaired differences over seeds, 95 % intervals (Student's t):\n")
     print("| sentences | difference | target | F1 | \n|---|---|---|---|")
     by_priming = f1.groupby(level=["asked", "target", "seed", "priming"]).last().unstack("priming")
-    by_priming = pandas.concat([by_priming, by_priming.groupby(level=["asked", "seed"]).mean().assign(target="mean")
-                                .set_index("target", append=True).reorder_levels(["asked", "target", "seed"])])
-    pairs = [("meta", other) for other in ("ft", "paper-alpha", "none", "maml", "one-step")] + [("ft", "none")]
+    means = by_priming.groupby(level=["asked", "seed"]).mean().assign(target="mean")
+    means = means.set_index("target", append=True).reorder_levels(["asked", "target", "seed"])
+    by_priming = pandas.concat([by_priming, means])
+    others = ["ft", "paper-alpha", "none", "maml", "one-step"]
+    pairs = [*(("meta", other) for other in others), ("ft", "none")]
     for one, other in pairs:
         if {one, other} <= {*by_priming}:
             difference = (by_priming[one] - by_priming[other]).dropna()
@@ -123,7 +127,8 @@ def main() -> None:
     flag("--sizes", type=int, nargs="+", default=[200, 5000], help="training sentences of a target")
     flag("--split", choices=["test", "validation"], default="test")
     flag("--limit-test", type=int, default=3000)
-    flag("--tuning", nargs=argparse.REMAINDER, default=[], help="the last flag: what follows goes to finetune.py")
+    flag("--tuning", nargs=argparse.REMAINDER, default=[],
+         help="the last flag: what follows goes to finetune.py")
     flag("--output", type=Path, default=ROOT / "evidence", help="folder for the primed models")
     flag("--report", action="store_true", help="print the tables and run nothing")
     args = parser.parse_args()

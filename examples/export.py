@@ -1,10 +1,11 @@
 """What other tools load, from what `finetune.py --save` or `prime.py --pe lora` left.
 
-    python examples/export.py tuned/nl-0 exported      # --tune full or head: for transformers; --pe lora: for peft
+    python examples/export.py tuned/nl-0 exported
 
-`--tune full` and `--tune head` become a folder for `AutoModelForTokenClassification` and `pipeline`, with names of
-tags and tokenizer. LoRA becomes a folder for `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`, to
-which a primed folder may be given too. transformers has no class for an adapter on top: examples/tag.py tags with it.
+`--tune full` and `--tune head` become a folder for `AutoModelForTokenClassification` and `pipeline`, with
+names of tags and tokenizer. `--pe lora`, tuned or only primed, becomes a folder for
+`PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`. transformers has no class for an adapter
+on top: examples/tag.py tags with it.
 """
 
 import argparse
@@ -46,14 +47,15 @@ def export_lora(model, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="DIR/LANG-SEED of finetune.py --save, or a folder of prime.py")
+    parser.add_argument("folder", type=Path, help="of finetune.py --save, or of prime.py --pe lora")
     parser.add_argument("output", type=Path, help="a new folder")
     given = parser.parse_args()
     primed = (given.folder / "priming.json").exists()
     sys.argv[1:] = ["--tgt", "-", "--init" if primed else "--load", str(given.folder)]
     args = finetune.parse_arguments()
     if args.tune == "adapter" and args.pe != "lora":
-        raise prime.BadInput(f"{given.folder}: no other tool has a class for --pe {args.pe} with a head on top")
+        told = f"no other tool has a class for --pe {args.pe} with a head on top"
+        raise prime.BadInput(f"{given.folder}: {told}")
     with prime.blaming(f"writing {given.output}"):
         given.output.mkdir(parents=True)
     encoder, tokenizer, saved = finetune.load_base(args)

@@ -2,8 +2,8 @@
 
     python examples/tag.py tuned/hi-0 sentences.txt          # - reads standard input
 
-writes `word<TAB>tag` lines and a blank line after each sentence. Words that --max-length cuts off are tagged O and told
-on standard error. `--init` names the base where it has been moved without the folder.
+writes `word<TAB>tag` lines and a blank line after each sentence. Words that --max-length cuts off are tagged
+O and told on standard error. `--init` names the base where it has been moved without the folder.
 """
 
 import argparse
