@@ -45,8 +45,9 @@ def prime(
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
     inner_lr, inner_steps: α and S.
     maml: the paper's ablation, MAML proper: the inner loop moves the task's copy of θp too.
-    second_order: the exact meta-gradient. Without it the gradients of line 6 are constants, so that
-        dθi/dθ is the identity (§4.2). Fused attention raises RuntimeError with it: take "eager".
+    second_order: the exact meta-gradient. Without it the gradients of line 6 are constants to line 9,
+        whose gradient reaches θ as if dθi/dθ were the identity (§4.2). Fused attention has no second
+        derivative and raises RuntimeError: take "eager".
     hoist: gives back the support, or the query, sets of all tasks with f(x; θp) in the place of x,
         for `loss` to accept. Exact where θa and θh come after all of θp, and θp's part has no
         dropout; inner steps are nearly free then. Not used with `maml`.
@@ -58,7 +59,7 @@ def prime(
     """
     check(model, [theta_p, theta_a, theta_h], optimizer, inner_steps)
     outer = [*theta_p.values(), *theta_a.values()]
-    inner = {**theta_a, **theta_h, **(theta_p if maml else {})}  # θp here is the red line
+    inner = {**theta_a, **theta_h, **(theta_p if maml else {})}  # what line 6 moves; θp: the red line
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks)
@@ -71,10 +72,10 @@ def prime(
             theta_i = {name: parameter.clone() for name, parameter in inner.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 gradient = gradient_of(loss(at(model, theta_i), support), theta_i, second_order)
-                theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6: θi_a, θi_h
+                theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6
             # 7: end for
-            query_losses.append(loss(at(model, theta_i), query))
-            theta_1 = theta_1 or theta_i
+            query_losses.append(loss(at(model, theta_i), query))  # for line 9
+            theta_1 = theta_1 or theta_i  # the first task's
         # 8: end for
         optimizer.zero_grad()
         sum(query_losses).backward(inputs=outer)  # 9: ∇ of the sum over tasks
@@ -293,8 +294,9 @@ def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
 
 
 CHECKPOINT, COMPLETE = "checkpoint.pt", "priming.json"  # the second is written last
-NOT_IN_IDENTITY = ("model", "data", "init", "load", "device", "output", "save_every", "tgt", "seeds",
-                   "results", "save")  # places, whose contents are, and what has no say
+NOT_IN_IDENTITY = {  # of a run: places, whose contents are in it, and what has no say in the result
+    "model", "data", "init", "load", "output", "results", "save", "save_every", "device", "tgt", "seeds",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
