@@ -14,7 +14,7 @@ EMBEDDING = {"embedding_size": 16}
 FIRST_POSITION = {  # of a sentence in a packed row
     "the demo's": 0, "Bert": 0, "DistilBert": 0, "Electra": 0, "Albert": 0, "ModernBert": 0, "RoFormer": 0,
     "Roberta": 2, "XLMRoberta": 2, "MPNet": 2,  # after the index of padding, which is 1 here
-    "DebertaV2": None, "Deberta": None,  # a row a sentence
+    "DebertaV2": None, "Deberta": None, "MobileBert": None,  # a row a sentence
 }
 
 
@@ -23,6 +23,8 @@ def encoder_of(architecture, demo):
     if architecture == "the demo's":
         return encoder
     more = EMBEDDING if architecture in ("Electra", "Albert", "RoFormer") else {}
+    if architecture == "MobileBert":  # it looks at the words beside, and padding has to be its padding
+        more = {"pad_token_id": 0}
     return random_encoder(architecture, len(tokenizer), **more)
 
 
@@ -65,7 +67,7 @@ def test_a_bert_that_looks_back_alone_gets_a_row_a_sentence_and_stays_causal(dem
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("architecture", ["FNet", "ConvBert", "Nystromformer", "MobileBert", "Yoso"])
+@pytest.mark.parametrize("architecture", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
 def test_an_encoder_that_mixes_the_sentences_of_a_batch_is_refused(architecture, bf16, demo):
     encoder = random_encoder(architecture, len(demo[1])).float()
     alone, longer = (torch.tensor(demo[2][k].pieces)[None] for k in (0, 1))
@@ -79,7 +81,7 @@ def test_an_encoder_that_mixes_the_sentences_of_a_batch_is_refused(architecture,
     with torch.no_grad():
         together = encoder(batch, **mask).last_hidden_state[0, : alone.shape[1]]
         hidden = encoder(alone).last_hidden_state[0]
-        assert (together - hidden).norm() > 5e-5 * hidden.norm()  # in float32 others have under 1e-7
+        assert (together - hidden).norm() > 1e-6 * hidden.norm()  # in float32 others have under 1e-7
     model = adapters.Tagger(encoder, 7, bf16=bf16).eval()
     with pytest.raises(ValueError, match=f"{architecture.lower()} mixes the sentences"):
         model.choose_packing(demo[2])
