@@ -22,6 +22,7 @@ import torch
 
 HERE = Path(__file__).parent
 DEMO = ["--model", "demo/encoder", "--data", "demo/wikiann"]
+HINDI = ["--tgt", "hi", "--data", "demo/wikiann"]
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 EXTRA = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="an extra: pip install peft")
@@ -72,9 +73,9 @@ def command(script, *flags, status=0, encoding="utf-8"):
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     argv, sys.argv, ended = sys.argv, [script, *map(str, flags)], 0
     try:
-        with own_signals(), own_locks():
-            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                runpy.run_path(str(HERE / script), run_name="__main__")
+        streams = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
+        with own_signals(), own_locks(), streams[0], streams[1]:
+            runpy.run_path(str(HERE / script), run_name="__main__")
     except SystemExit as exit:
         ended = exit.code or 0
     finally:
@@ -155,8 +156,7 @@ def table(tmp_path_factory):
             command("prime.py", *DEMO, *SMALL_PRIMING, *PRIMING[row], "--output", folder / "primed")
         start = TUNING.get(row, ["--init", folder / "primed"])
         outputs = ["--results", folder / "results.jsonl", "--save", folder / "tuned", "--seeds", 0, 1]
-        flags = ["--tgt", "hi", "--data", "demo/wikiann", *SMALL_TUNING, *start, *outputs]
-        return folder, command("finetune.py", *flags).stdout
+        return folder, command("finetune.py", *HINDI, *SMALL_TUNING, *start, *outputs).stdout
 
     return {row: make_row(row) for row in range(1, 8)}
 
@@ -169,10 +169,10 @@ def primed(table):
 
 @pytest.fixture(scope="session")
 def unfinished(tmp_path_factory):
-    """A run that was cut off after four of twelve steps: its folder, on an encoder and data of its own,
+    """A run that was cut off after four of twelve steps: its folder, with an encoder and data of its own,
     and its flags."""
     root = tmp_path_factory.mktemp("unfinished")
-    shutil.copytree("demo/encoder", root / "encoder")
+    folder_of(random_encoder("Bert", 1429), root / "encoder")
     for language in ("en", "es"):
         shutil.copytree(f"demo/wikiann/{language}", root / "wikiann" / language)
     flags = [*LONG, "--model", root / "encoder", "--data", root / "wikiann", "--output", root / "primed"]

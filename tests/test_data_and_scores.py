@@ -23,7 +23,10 @@ def write(folder, text, name="train.txt"):
     return str(folder)
 
 
-def write_table(folder, words, tags, kind, name="train-00000-of-00001.parquet", columns=("tokens", "ner_tags")):
+COLUMNS = ("tokens", "ner_tags")
+
+
+def write_table(folder, words, tags, kind, name="train-00000-of-00001.parquet", columns=COLUMNS):
     features = datasets.Features(dict(zip(columns, (WORDS, datasets.List(kind)))))
     (folder / "hi").mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_dict(dict(zip(columns, (words, tags))), features=features)
@@ -115,7 +118,7 @@ def test_a_word_with_a_space_in_a_file_with_tabs_is_one_word(tmp_path):
     [
         ("a\tO\nb\n", "train.txt:2: 'b' ''"),
         ("a\tO\nb\tO\tPER\n", "train.txt:2: 'b' 'PER'"),
-        ("a\tO\n\nb\tB-DOG\n", "train.txt:3: 'b' 'B-DOG' is not word and tag; --types gives the tags O B-PER"),
+        ("a\tO\n\nb\tB-DOG\n", "train.txt:3: 'b' 'B-DOG' is not word and tag; --types gives the tags O B-"),
         ("a\tO\n\tO\n", "train.txt:2: '' 'O'"),
         ("a\tO\nb\t\n", "train.txt:2: 'b' ''"),
         ("a\tS-PER\n", "train.txt:1: 'a' 'S-PER'"),  # BIOES
@@ -150,7 +153,7 @@ def test_other_types_are_a_flag_away_and_a_typing_error_is_told(tmp_path):
 
 def test_integer_tags_that_nothing_names_are_refused(tmp_path):
     data = write_table(tmp_path, [["a"]], [[5]], datasets.Value("int64"))
-    with pytest.raises(prime.BadInput, match="row 1 of train: 'a' 5 is not word and tag; --types"):
+    with pytest.raises(prime.BadInput, match="row 1 of train: 'a' '5' is not word and tag; --types"):
         prime.read_split(data, "hi", "train", TYPES)
 
 
@@ -166,6 +169,12 @@ def test_other_columns_are_told_beside_those_that_are_needed(columns, tmp_path):
     with pytest.raises(prime.BadInput) as raised:
         prime.read_split(data, "hi", "train", TYPES)
     assert all(name in str(raised.value) for name in ("tokens", "ner_tags", *columns))
+
+
+def test_a_missing_word_is_told_by_its_row(tmp_path):
+    data = write_table(tmp_path, [["a"], [None]], [["O"], ["O"]], datasets.Value("string"))
+    with pytest.raises(prime.BadInput, match="row 2 of train: 'None' 'O' is not word and tag"):
+        prime.read_split(data, "hi", "train", TYPES)
 
 
 def test_a_row_with_more_words_than_tags_is_told_by_its_number(tmp_path):
@@ -311,7 +320,7 @@ def test_score_equals_an_independent_count_on_the_predictions_of_a_tuned_model(d
         gold.append(list(tags))
         predicted.append([TAGS[best] for best in scores.argmax(dim=1).tolist()])
     expected = conll_score(gold, predicted)
-    begins_with_i = [b for row in predicted for a, b in zip(["O", *row], row) if b[0] == "I" and a[1:] != b[1:]]
-    assert expected["f1"] > 20 and begins_with_i
+    pairs = [pair for row in predicted for pair in zip(["O", *row], row)]
+    assert expected["f1"] > 20 and any(b[0] == "I" and a[1:] != b[1:] for a, b in pairs)
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     shutil.rmtree(tmp_path / "hi-0")
