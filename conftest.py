@@ -31,6 +31,7 @@ PE = ["adapter", "houlsby", "bitfit", pytest.param("lora", marks=EXTRA)]
 SMALL_PRIMING = ["--steps", 2, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8]
 SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
 LONG = [*DEMO, *SMALL_PRIMING, "--steps", 12, "--save-every", 1]
+FLOCK = fcntl.flock
 os.chdir(HERE)
 
 
@@ -51,18 +52,18 @@ def signals():
 
 @contextlib.contextmanager
 def own_locks():
-    """A script locks its output until its process ends."""
-    flock, locked = fcntl.flock, []
+    """A script locks its output until its process ends. One may run another."""
+    before, locked = fcntl.flock, []
 
     def noted(file, how):
-        flock(file, how)
+        FLOCK(file, how)
         locked.append(file)
 
     fcntl.flock = noted
     try:
         yield
     finally:
-        fcntl.flock = flock
+        fcntl.flock = before
         for file in locked:
             if isinstance(file, int) and stat.S_ISDIR(os.fstat(file).st_mode):
                 os.close(file)

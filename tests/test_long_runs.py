@@ -1,0 +1,399 @@
+"""Runs that are killed, stopped, gone on with, shared among processes, or end in numbers that are not finite."""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, read_lines, tensors,
+)
+from safetensors.torch import save_file
+
+import prime
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["prime", "finetune", "transformers.models.bert.modeling_bert", "datasets", "seqeval.metrics", "conftest"]
+)
+
+
+def child(script, flags, stderr, environment=None, fault=None):
+    """The target of a process: a script with its flags, its stderr in a file, and perhaps a fault."""
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    sys.argv, sys.stdout = [script, *map(str, flags)], open(os.devnull, "w")
+    sys.stderr = sys.__stderr__ = open(stderr, "w", buffering=1)
+    if fault:
+        fault()
+    runpy.run_path(str(HERE / script), run_name="__main__")
+
+
+def begin(flags, stderr, script="prime.py", **settings):
+    process = processes.Process(target=child, args=(script, flags, stderr), kwargs=settings)
+    process.start()
+    return process
+
+
+def finish(flags, stderr, status=0, **settings):
+    process = begin(flags, stderr, **settings)
+    process.join()
+    assert process.exitcode == status, Path(stderr).read_text()
+
+
+def killed_while_a_checkpoint_is_written():
+    save = torch.save
+
+    def half(state, path):
+        save(state, path)
+        if len(state[1]) == 5:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+def killed_before_a_file_takes_its_place(nth=5):
+    replace, count = Path.replace, itertools.count(1)
+
+    def kill_instead(path, target):
+        if next(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = kill_instead
+
+
+def killed_after_the_first_step():
+    killed_before_a_file_takes_its_place(nth=2)
+
+
+def killed_before_the_last_file():
+    killed_before_a_file_takes_its_place(nth=12 + 1)
+
+
+def killed_after_the_last_file():
+    Path.unlink = lambda path, missing_ok=False: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_before_the_adapter_is_written():
+    import safetensors.torch
+
+    safetensors.torch.save_file = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_training():
+    prime.distributed.broadcast = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full(size=100_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def disk_full_for_the_last_checkpoint():
+    save = torch.save
+
+    def full(state, path):
+        if len(state[1]) == 12:
+            disk_full()
+        save(state, path)
+
+    torch.save = full
+
+
+def primed_bytes(folder):
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("whole") / "primed"
+    finish([*LONG, "--output", output], output.parent / "stderr")
+    assert not list(output.glob("checkpoint*"))
+    return primed_bytes(output)
+
+
+def steps_done(output, steps=12):
+    """What stands under its name is a whole checkpoint, or a whole result, or nothing."""
+    if (output / "priming.json").exists():
+        assert json.loads((output / "priming.json").read_text())["steps"] == steps and primed_bytes(output)
+        return steps
+    if (output / "checkpoint.pt").exists():
+        _, losses, states = torch.load(output / "checkpoint.pt", weights_only=True)
+        assert 1 <= len(losses) <= steps and len(states) == 3
+        return len(losses)
+    return 0
+
+
+# ---- killed and stopped ----
+
+
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(tmp_path):
+    flags, chance, done = [*LONG, "--steps", 30, "--output"], random.Random(0), []
+    finish([*flags, tmp_path / "warm"], tmp_path / "stderr")  # the server of processes has started then
+    began = time.perf_counter()
+    finish([*flags, tmp_path / "whole"], tmp_path / "stderr")
+    seconds, output = time.perf_counter() - began, tmp_path / "primed"
+    expected = primed_bytes(tmp_path / "whole")
+    for _ in range(20):
+        process = begin([*flags, output], tmp_path / "stderr")
+        time.sleep(chance.uniform(0, seconds))
+        process.kill()
+        process.join()
+        done.append(steps_done(output, 30))
+        if (output / "priming.json").exists():
+            assert primed_bytes(output) == expected
+            shutil.rmtree(output)
+    assert any(0 < steps < 30 for steps in done), done
+    finish([*flags, output], tmp_path / "stderr")
+    assert primed_bytes(output) == expected and not list(output.glob("*.new"))
+
+
+@pytest.mark.parametrize(
+    "fault, steps",
+    [
+        (killed_while_a_checkpoint_is_written, 4), (killed_before_a_file_takes_its_place, 4),
+        (killed_after_the_first_step, 1), (killed_before_the_adapter_is_written, 12),
+        (killed_before_the_last_file, 12), (killed_after_the_last_file, 12),
+    ],
+)
+def test_a_kill_at_the_worst_moment_leaves_what_the_same_command_makes_whole(fault, steps, whole, tmp_path):
+    flags, output = [*LONG, "--output", tmp_path / "primed"], tmp_path / "primed"
+    finish(flags, tmp_path / "stderr", -signal.SIGKILL, fault=fault)
+    assert steps_done(output) == steps
+    assert (output / "priming.json").exists() == (fault is killed_after_the_last_file)
+    finish(flags, tmp_path / "stderr")
+    assert primed_bytes(output) == whole and not list(output.glob("*.new"))
+    assert (output / "priming.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("method", ["meta", "ft"])  # with dropout, the random state counts too
+def test_a_stopped_run_says_so_and_the_same_command_goes_on_to_the_same_bits(number, method, tmp_path):
+    flags = [*LONG, "--steps", 60, "--save-every", 1000, "--method", method, "--output"]
+    finish([*flags, tmp_path / "whole"], tmp_path / "stderr")
+    process = begin([*flags, tmp_path / "primed"], tmp_path / "stopped")
+    while not (tmp_path / "primed").exists():  # made just before the first step
+        time.sleep(0.005)
+    time.sleep(0.03)
+    os.kill(process.pid, number)
+    process.join()
+    (line,) = (tmp_path / "stopped").read_text().splitlines()
+    found = re.fullmatch(r"prime.py: stopped after step (\d+) of 60; the same command goes on", line)
+    assert process.exitcode == 2 and steps_done(tmp_path / "primed", 60) == int(found[1]) < 60
+    finish([*flags, tmp_path / "primed"], tmp_path / "stderr")
+    assert primed_bytes(tmp_path / "primed") == primed_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--types", "PER", "ORG",
+     "LOC", "MISC"], ["--bf16"], "data", "weights", "cut", "flipped", "a file of others"],
+    ids=str,
+)
+def test_another_run_in_the_same_folder_is_refused_and_nothing_in_it_touched(change, unfinished, tmp_path):
+    """The base and data are put where they were when the run was cut off, so that nothing else differs."""
+    root, flags = unfinished
+    shutil.copytree(root, tmp_path / "copy")
+    output = tmp_path / "copy/primed"
+    flags = [*flags, "--output", output]
+    path = output / "checkpoint.pt"
+    if change == "data":
+        edited = root / "wikiann/en/train.txt"
+        edited.write_text(edited.read_text().replace("B-LOC", "B-ORG", 1))
+    elif change == "weights":
+        edited = root / "encoder/model.safetensors"
+        weights = tensors(root / "encoder")
+        weights["embeddings.word_embeddings.weight"][0, 0] += 1e-6
+        save_file(weights, edited, {"format": "pt"})
+    elif change == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif change == "flipped":
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    elif change == "a file of others":
+        path.rename(output / "thesis.tex")
+    else:
+        flags += change
+    before = contents(output)
+    done = command("prime.py", *flags, status=2)
+    if change in ("data", "weights"):
+        source = tmp_path / "copy" / edited.relative_to(root)
+        shutil.copy(source, edited)
+    (line,) = done.stderr.splitlines()
+    assert f"prime.py: --output {output} " in line if change in ("cut", "flipped") else "name another" in line
+    assert contents(output) == before
+    command("prime.py", *unfinished[1], "--output", shutil.copytree(root / "primed", tmp_path / "unchanged"))
+
+
+def test_a_second_command_on_one_output_is_refused(tmp_path):
+    flags = [*LONG, "--steps", 2000, "--output", tmp_path / "primed"]
+    first = begin(flags, tmp_path / "stderr")
+    while not (tmp_path / "primed/checkpoint.pt").exists():
+        time.sleep(0.01)
+    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
+    assert f"--output {tmp_path}/primed (does another command write there?)" in line
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    assert steps_done(tmp_path / "primed", 2000) >= 1
+
+
+# ---- not finite, disk full ----
+
+
+@pytest.mark.parametrize("flags", [["--method", "maml", "--inner-lr", 1e4], ["--outer-lr", 1e15]])
+def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(flags, tmp_path):
+    done = command("prime.py", *LONG, "--steps", 300, "--output", tmp_path / "primed", *flags, status=2)
+    (line,) = done.stderr.splitlines()
+    told = r"step (\d+): query losses of the tasks: en \S+, es \S+; norm of the meta-gradient: \S+; lower"
+    found = re.search(told, line)
+    assert found and "nan" in line or "inf" in line, line
+    assert steps_done(tmp_path / "primed", 300) == int(found[1]) - 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypatch, tmp_path):
+    steps, loss = itertools.count(1), prime.tag_loss
+
+    def sharp(f, sentences):  # the root has an infinite slope at zero
+        scores = f(sentences)
+        more = torch.sqrt(0 * scores.sum()) if next(steps) > 24 else 0
+        return loss(lambda _: scores, sentences) + more
+
+    monkeypatch.setattr(prime, "tag_loss", sharp)
+    flags = [*LONG, "--method", "ft", "--steps", 100, "--output", tmp_path / "primed"]
+    monkeypatch.setattr(sys, "argv", ["prime.py", *map(str, flags)])
+    with pytest.raises(prime.BadInput, match=r"step 13: query losses of the tasks: en \d\S+, es \d\S+; .* nan"):
+        prime.main()
+    assert steps_done(tmp_path / "primed", 100) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_fine_tuning(tmp_path):
+    flags = [*HINDI, *SMALL_TUNING, *START, "--tune", "full", "--lr", 1e15]
+    done = command("finetune.py", *flags, "--results", tmp_path / "r", "--save", tmp_path / "s", status=2)
+    assert "fine-tuning, seed 0: the loss is nan; lower --lr" in done.stderr
+    assert not (tmp_path / "r").read_text() and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("fault, steps", [(disk_full, 0), (disk_full_for_the_last_checkpoint, 11)])
+def test_a_full_disk_is_told_and_leaves_no_output_that_looks_complete(fault, steps, whole, tmp_path):
+    output = tmp_path / "primed"
+    finish([*LONG, "--output", output], tmp_path / "stderr", 2, fault=fault)
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith(f"prime.py: writing {output}") and steps_done(output) == steps
+    finish([*LONG, "--output", output], tmp_path / "stderr")
+    assert primed_bytes(output) == whole
+
+
+# ---- several processes ----
+
+
+def share(count, flags, folder, faults=()):
+    """What torchrun does: starts `count` processes that find each other by their environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+              "WORLD_SIZE": str(count)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [begin(flags, folder / f"stderr-{rank}", environment=environment, fault=dict(faults).get(rank))
+            for rank, environment in enumerate(ranks)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_what_one_gives(count, tmp_path):
+    flags = [*LONG, "--tasks", 4, "--output"]
+    finish([*flags, tmp_path / "alone"], tmp_path / "stderr")
+    for process in share(count, [*flags, tmp_path / "shared"], tmp_path):
+        process.join()
+        assert process.exitcode == 0
+    records = [json.loads((tmp_path / name / "priming.json").read_text()) for name in ("alone", "shared")]
+    assert records[1]["last_losses"] == pytest.approx(records[0]["last_losses"], abs=1e-5)  # over all tasks
+    assert records[1]["run"] == records[0]["run"]
+    for name in ("model.safetensors", "adapter.safetensors"):
+        one, several = tensors(tmp_path / "alone", name), tensors(tmp_path / "shared", name)
+        assert one.keys() == several.keys()
+        # In exact arithmetic the bias of the keys has no gradient: AdamW makes steps of its rounding errors.
+        compared = [key for key in one if not key.endswith("attention.self.key.bias")]
+        assert all((one[key] - several[key]).abs().max() <= 1e-6 for key in compared)
+        assert len(one) - len(compared) == (2 if name == "model.safetensors" else 0)
+    others = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(1, count)]
+    assert not any(others)  # the first one speaks
+
+
+@pytest.mark.parametrize("method, tolerance", [("maml", 0), ("meta", 1e-7)])
+def test_several_processes_take_theta_h_from_the_first_task(method, tolerance, tmp_path):
+    """To the bit where each task is encoded by itself; priming packs the support sets of a process."""
+    flags = [*LONG, "--tasks", 4, "--method", method, "--output"]
+    runs = [begin([*flags, tmp_path / "1"], tmp_path / "stderr", fault=killed_after_the_first_step)]
+    for count in (2, 4):
+        runs += share(count, [*flags, tmp_path / str(count)], tmp_path, {0: killed_after_the_first_step})
+    for process in runs:
+        process.join()
+    heads = []
+    for count in (1, 2, 4):
+        _, losses, states = torch.load(tmp_path / str(count) / "checkpoint.pt", weights_only=True)
+        assert len(losses) == 1
+        heads.append(torch.cat([states[0][name].flatten() for name in ("head.weight", "head.bias")]))
+    assert heads[0].any() and all((head - heads[0]).abs().max() <= tolerance for head in heads)
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
+    flags = [*LONG, "--tasks", 2, "--output", tmp_path / "shared"]
+    first, second = share(2, flags, tmp_path, {1: killed_in_training})
+    second.join()
+    first.join(20)
+    assert second.exitcode == -signal.SIGKILL and first.exitcode not in (0, None)
+    assert (tmp_path / "stderr-0").read_text().splitlines()[-1].startswith("RuntimeError: ")
+    assert not (tmp_path / "shared/priming.json").exists()
+
+
+# ---- fine-tuning ----
+
+
+def test_two_commands_share_a_results_file_and_the_same_command_skips_what_it_has(tmp_path):
+    results = tmp_path / "results.jsonl"
+    flags = ["--tgt", "hi", "af", *DEMO, *SMALL_TUNING, "--init", "none", "--results", results]
+    both = [begin([*flags, "--seeds", *seeds], tmp_path / f"stderr-{seeds[0]}", "finetune.py")
+            for seeds in ((0, 1), (2, 3))]
+    for process in both:
+        process.join()
+    lines = read_lines(results)
+    runs = {(line["target"], line["seed"]) for line in lines}
+    assert runs == set(itertools.product(("hi", "af"), range(4))) and len(lines) == 8
+    done = command("finetune.py", *flags, "--seeds", 0, 1, 2, 3, 4)
+    again = read_lines(results)
+    assert again[:8] == lines and done.stdout.count("done before") == 8
+    assert [(line["target"], line["seed"]) for line in again[8:]] == [("hi", 4), ("af", 4)]
+    assert [row.split()[-1] for row in done.stdout.splitlines()[-2:]] == ["5", "5"]  # the earlier ones too
+
+
+def test_a_last_line_without_an_end_gets_one_and_a_bad_line_is_told_by_its_number(tmp_path):
+    results = tmp_path / "r.jsonl"
+    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", results]
+    command("finetune.py", *flags)
+    whole = results.read_text()
+    results.write_text(whole.rstrip("\n"))
+    assert "hi seed 0: done before" in command("finetune.py", *flags).stdout and results.read_text() == whole
+    results.write_text(whole.rstrip("\n"))
+    command("finetune.py", *flags, "--seeds", 1)
+    assert [line["seed"] for line in read_lines(results)] == [0, 1]
+    for bad in ('{"run": "', "5", "nonsense", "\x00" * 20):
+        results.write_text(f"{whole}{bad}\n{whole}")
+        before = results.read_bytes()
+        (line,) = command("finetune.py", *flags, status=2).stderr.splitlines()
+        assert f"--results {results}:2: " in line and results.read_bytes() == before
