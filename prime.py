@@ -346,7 +346,6 @@ def main() -> None:
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
-
     batches = sample_batches(corpora, args, len(losses), rank, processes)
     steps = prime(
         model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
@@ -363,7 +362,8 @@ def main() -> None:
             state = identity, losses, [part.state_dict() for part in (model, optimizer, schedule)]
             replace(args.output / CHECKPOINT, lambda new, state=state: torch.save(state, new))
         if rank == 0 and stopped:
-            raise BadInput(f"stopped after step {len(losses)}; the same command goes on")
+            at_step = f"step {len(losses)} of {args.steps}"
+            raise BadInput(f"stopped after {at_step}; the same command goes on")
     if rank == 0:
         save(args, identity, losses, model, tokenizer)
 
@@ -415,7 +415,8 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
         else:
             found = None if {*output.iterdir()} - {output / f"{CHECKPOINT}.new"} else identity
         if found != identity:
-            raise BadInput(f"{output} is of other settings, data or weights; name another")
+            told = "other settings, data or weights, or not ours"
+            raise BadInput(f"{output} is of {told}; name another")
         for part, state in zip(parts, states):
             part.load_state_dict(state)
     if (output / COMPLETE).exists():

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
