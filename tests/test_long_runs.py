@@ -1,8 +1,7 @@
-"""Runs that are killed, stopped, gone on with, shared among processes, or end in numbers that are not finite."""
+"""Runs that are killed, stopped, gone on with, shared among processes, or end in what is not finite."""
 
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -202,8 +201,8 @@ def test_a_stopped_run_says_so_and_the_same_command_goes_on_to_the_same_bits(num
 
 @pytest.mark.parametrize(
     "change",
-    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--types", "PER", "ORG",
-     "LOC", "MISC"], ["--bf16"], "data", "weights", "cut", "flipped", "a file of others"],
+    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--bf16"],
+     ["--types", "PER", "ORG", "LOC", "MISC"], "data", "weights", "cut", "flipped", "a file of others"],
     ids=str,
 )
 def test_another_run_in_the_same_folder_is_refused_and_nothing_in_it_touched(change, unfinished, tmp_path):
@@ -277,7 +276,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypa
     monkeypatch.setattr(prime, "tag_loss", sharp)
     flags = [*LONG, "--method", "ft", "--steps", 100, "--output", tmp_path / "primed"]
     monkeypatch.setattr(sys, "argv", ["prime.py", *map(str, flags)])
-    with pytest.raises(prime.BadInput, match=r"step 13: query losses of the tasks: en \d\S+, es \d\S+; .* nan"):
+    with pytest.raises(prime.BadInput, match=r"step 13: .*: en \d\S+, es \d\S+; .* nan"):
         prime.main()
     assert steps_done(tmp_path / "primed", 100) == 12
 
