@@ -1,4 +1,4 @@
-"""Bad input ends with one line on stderr and exit status 2, and nothing is written; the readers are fuzzed."""
+"""Bad input ends with one line on stderr and exit status 2, and nothing is written; fuzzed readers."""
 
 import copy
 import io
@@ -27,8 +27,8 @@ NONE = ["--init", "none"]
 @pytest.mark.parametrize(
     "script, flags, told",
     [
-        ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split there; the languages of demo/wikiann are"),
-        ("prime.py", [*DEMO, "--support", 10_000], "--src: [700, 700] sentences; lower --support or --query"),
+        ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split there; the languages of demo"),
+        ("prime.py", [*DEMO, "--support", 10_000], "--src: [700, 700] sentences; lower --support"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
         ("prime.py", [*DEMO, "--outer-lr", "-1"], "argument --outer-lr"),
@@ -44,8 +44,8 @@ NONE = ["--init", "none"]
         ("finetune.py", [*HINDI, *START, "--device", "cuda:77"], "cuda:77: "),
         ("prime.py", [*DEMO, "--max-length", 129], "ValueError: the encoder takes no sentence of so many"),
         ("prime.py", [*DEMO, "--device", "cuda:77"], "cuda:77: "),
-        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline: a folder)"),
-        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where (offline: a folder), en"),
+        ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline"),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where (offline"),
         ("finetune.py", [*HINDI, "--init", "no/where"], "--init no/where, which prime.py writes: "),
         ("finetune.py", [*HINDI, "--load", "no/where"], "--load no/where, which --save writes: "),
         ("finetune.py", DEMO, "the following arguments are required: --tgt"),
@@ -63,7 +63,7 @@ def test_a_folder_of_others_is_refused_and_untouched(tmp_path):
     (tmp_path / "mine/partial-results").mkdir(parents=True)
     (tmp_path / "mine/thesis.tex").write_text("x")
     (line,) = command("prime.py", *LONG, "--output", tmp_path / "mine", status=2).stderr.splitlines()
-    assert "not ours; name another" in line
+    assert "name another" in line
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.tex", "partial-results"}
     (line,) = command("prime.py", *LONG, "--output", "demo/README.md", status=2).stderr.splitlines()
     assert "--output demo/README.md" in line
@@ -102,7 +102,8 @@ def broken_folders(tmp_path, primed, tuned):
     yield [*model, tokenizer], "no-tokenizer (offline: a folder), --max-length 128"
     yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline: a folder)"
     few = random_encoder("Bert", 1000)
-    yield [*model, folder_of(few, tmp_path / "few")], "ValueError: the tokenizer has 1429 pieces, the encoder 1000"
+    few = folder_of(few, tmp_path / "few")
+    yield [*model, few], "ValueError: the tokenizer has 1429 pieces, the encoder 1000"
     fnet = folder_of(random_encoder("FNet", 1429), tmp_path / "fnet")  # its layers have no attention
     yield [*model, fnet, "--pe", "houlsby"], "fnet has not two blocks a layer that we know"
     yield [*model, fnet], "fnet mixes the sentences of a batch"
@@ -110,15 +111,15 @@ def broken_folders(tmp_path, primed, tuned):
     yield ["--init", pe], "pe: ValueError: it holds other parameters than the model has"
     size = edited("size", "priming.json", lambda data: data.replace(b'"bottleneck": 8', b'"bottleneck": 9'))
     yield ["--init", size], "size: ValueError: it holds other parameters"
-    yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter/adapter.safetensors: FileNotFound"
-    yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: FileNot"
-    yield ["--init", edited("cut", "adapter.safetensors", without_its_end)], "cut/adapter.safetensors: Safetensor"
-    yield ["--init", edited("weights", "model.safetensors", without_its_end)], "weights (offline: a folder)"
-    yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json, which prime.py writes: JSON"
-    yield ["--init", edited("key", "priming.json", lambda data: b"{}")], "key, which prime.py writes: KeyError"
+    yield ["--init", copied("no-adapter", primed, ["adapter*"])], "no-adapter/adapter.safetensors: File"
+    yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record, which prime.py writes: F"
+    yield ["--init", edited("cut", "adapter.safetensors", without_its_end)], "cut/adapter.safetensors: Saf"
+    yield ["--init", edited("weights", "model.safetensors", without_its_end)], "weights (offline"
+    yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json, which prime.py writes: J"
+    yield ["--init", edited("key", "priming.json", lambda data: b"{}")], "key, which prime.py writes: Key"
     flipped = edited("load", "tuned.safetensors", without_its_end, tuned)
     yield ["--load", flipped, "--init", primed], "load/tuned.safetensors: SafetensorError"
-    yield ["--load", copied("no-tuned", tuned, ["*.json"])], "no-tuned, which --save writes: FileNotFoundError"
+    yield ["--load", copied("no-tuned", tuned, ["*.json"])], "no-tuned, which --save writes: File"
 
 
 def test_a_broken_folder_is_told_by_name_and_nothing_is_written(table, primed, tmp_path):

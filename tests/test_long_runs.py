@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, gone on with, shared among processes, or end in numbers that are not finite."""
+"""Runs that are killed, stopped, gone on with, shared among processes, or end in what is not finite."""
 
 import itertools
 import json
@@ -143,7 +143,7 @@ def steps_done(output, steps=12):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(tmp_path):
-    flags, chance, done = [*LONG, "--steps", 30, "--output"], random.Random(0), []
+    flags, chance, done = [*LONG, "--steps", 20, "--output"], random.Random(0), []
     finish([*flags, tmp_path / "warm"], tmp_path / "stderr")  # the server of processes has started then
     began = time.perf_counter()
     finish([*flags, tmp_path / "whole"], tmp_path / "stderr")
@@ -154,11 +154,11 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(tmp_
         time.sleep(chance.uniform(0, seconds))
         process.kill()
         process.join()
-        done.append(steps_done(output, 30))
+        done.append(steps_done(output, 20))
         if (output / "priming.json").exists():
             assert primed_bytes(output) == expected
             shutil.rmtree(output)
-    assert any(0 < steps < 30 for steps in done), done
+    assert any(0 < steps < 20 for steps in done), done
     finish([*flags, output], tmp_path / "stderr")
     assert primed_bytes(output) == expected and not list(output.glob("*.new"))
 
@@ -193,7 +193,7 @@ def test_a_stopped_run_says_so_and_the_same_command_goes_on_to_the_same_bits(num
     os.kill(process.pid, number)
     process.join()
     (line,) = (tmp_path / "stopped").read_text().splitlines()
-    found = re.fullmatch(r"prime.py: stopped after step (\d+) of 60; the same command goes on", line)
+    found = re.fullmatch(r"prime.py: stopped after step (\d+); the same command goes on", line)
     assert process.exitcode == 2 and steps_done(tmp_path / "primed", 60) == int(found[1]) < 60
     finish([*flags, tmp_path / "primed"], tmp_path / "stderr")
     assert primed_bytes(tmp_path / "primed") == primed_bytes(tmp_path / "whole")
@@ -201,8 +201,8 @@ def test_a_stopped_run_says_so_and_the_same_command_goes_on_to_the_same_bits(num
 
 @pytest.mark.parametrize(
     "change",
-    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--types", "PER", "ORG",
-     "LOC", "MISC"], ["--bf16"], "data", "weights", "cut", "flipped", "a file of others"],
+    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--bf16"],
+     ["--types", "PER", "ORG", "LOC", "MISC"], "data", "weights", "cut", "flipped", "a file of others"],
     ids=str,
 )
 def test_another_run_in_the_same_folder_is_refused_and_nothing_in_it_touched(change, unfinished, tmp_path):
@@ -276,7 +276,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypa
     monkeypatch.setattr(prime, "tag_loss", sharp)
     flags = [*LONG, "--method", "ft", "--steps", 100, "--output", tmp_path / "primed"]
     monkeypatch.setattr(sys, "argv", ["prime.py", *map(str, flags)])
-    with pytest.raises(prime.BadInput, match=r"step 13: query losses of the tasks: en \d\S+, es \d\S+; .* nan"):
+    with pytest.raises(prime.BadInput, match=r"step 13: .*: en \d\S+, es \d\S+; .* nan"):
         prime.main()
     assert steps_done(tmp_path / "primed", 100) == 12
 

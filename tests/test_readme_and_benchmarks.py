@@ -171,7 +171,7 @@ def test_the_plot_of_the_inner_rate_shows_what_the_runs_ended_with(monkeypatch, 
 
     def in_this_process(words, **_):
         words = [str(word) for word in words]
-        status = 2 if any(word.endswith("/maml-1") for word in words) else 0  # 1e4 in its place stops that run
+        status = 2 if any(word.endswith("/maml-1") for word in words) else 0  # 1e4 stops that run
         flags = ["1e4" if status and word == "1" else word for word in words[2:]]
         return Namespace(**vars(command(Path(words[1]).name, *flags, status=status)), returncode=status)
 
