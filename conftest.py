@@ -173,7 +173,7 @@ def unfinished(tmp_path_factory):
     """A run that was cut off after four of twelve steps: its folder, with an encoder and data of its own,
     and its flags."""
     root = tmp_path_factory.mktemp("unfinished")
-    folder_of(random_encoder("Bert", 1429), root / "encoder")
+    folder_of(random_encoder("Bert", 1834), root / "encoder")
     for language in ("en", "es"):
         shutil.copytree(f"demo/wikiann/{language}", root / "wikiann" / language)
     flags = [*LONG, "--model", root / "encoder", "--data", root / "wikiann", "--output", root / "primed"]

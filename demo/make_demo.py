@@ -1,28 +1,26 @@
 """Write the demo's data and its tiny encoder: run `python demo/make_demo.py` from the repository root.
 
-It makes two things, so that priming and fine-tuning can be tried in seconds, without a network:
-
     demo/wikiann/<language>/{train,validation,test}.txt   sentences with person, organisation, place tags
-    demo/encoder/                                         a small BERT that has read all eight languages
+    demo/encoder/                                         a small BERT, made to tell what country a text is about
 
-Every sentence is generated from the frames and the name lists in `demo_languages.py`, which were written
-for this project; nothing is copied from WikiAnn or from any other corpus. The sentences are grammatical, not
-true: they put cities into whatever country the dice say. A quarter of all names, and a few frames, carry tags
-in validation and test only, so that remembering the training split is not enough.
+Every sentence is generated from the frames and the name lists in `demo_languages.py`, which were written for this
+project; they are grammatical, not true. Each language mentions names of all others; Hindi, in its own script, those of
+English and Spanish. No name of a target's training split is in its validation or test split. The sources have them all.
 
-The encoder learns masked language modelling on untagged sentences of the same generator, none of them in any
-split, half of them code-switched: words and names replaced by those of another language. That makes the
-languages share one space, and so lets a skill learnt in English reach Hindi.
+The encoder has never seen a tag. Like multilingual sentence encoders, it has first learnt words and their translations
+(masked words in sentences, half of them beside their translation), and then that texts on one subject are alike, in
+whatever language: the means of its last layer, for sentences about the same country. Names of people, firms
+and cities of that country are all alike there, and so are the words between them.
 """
 
 import random
 import re
 import shutil
-import string
 from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 import demo_languages as words
@@ -31,261 +29,176 @@ from demo_languages import LANGUAGES
 DEMO = Path(__file__).parent
 SEED = 1
 SOURCES = ("en", "es")
-SOURCE_SIZES = {"train": 700, "validation": 100, "test": 150}
-TARGET_SIZES = {"train": 160, "validation": 100, "test": 150}
+SOURCE_SIZES = {"train": 1000, "validation": 100, "test": 100}
+TARGET_SIZES = {"train": 240, "validation": 150, "test": 200}
+KNOWN_IN_HINDI = ("en", "es", "hi")  # whose names have a Hindi spelling
+HOME_SHARE = 0.5  # of names: those of the language itself
 
-HELD_OUT_EVERY = 4  # each fourth name of every list is kept from the training splits
-HELD_OUT_SHARE = {"train": 0.0, "validation": 0.35, "test": 0.35, "pretraining": 0.25}
-FOREIGN_NAME_SHARE = 0.15  # people of another language's name
-LONG_SHARE = 0.06  # sentences strung together from three frames
-SWITCH_SHARE = 0.5  # how much of a code-switched sentence comes from other languages
-
-# Hindi shares no script, hence no name, with the others: only code-switching ties it to them.
-SWITCH_TO = LANGUAGES + 4 * ("hi",)
-
-PRETRAINING_SENTENCES = 3000  # per language
-PRETRAINING_STEPS = 3000
-PRETRAINING_BATCH = 64
-PRETRAINING_RATE = 3e-3
-WHOLE_WORDS, WORD_PIECES = 100, 150  # per language
+SIZES = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192)
+WORDS = dict(steps=2000, rate=2e-3)  # the first stage of pretraining ...
+SUBJECTS = dict(steps=400, rate=1e-3)  # ... and the second
+MASKED = 0.25  # of the words
+TEMPERATURE = 0.5  # high, so that alike is never alike enough
+NORM = 14  # of the last layer's vectors, like BERT-base's: how far an inner step goes depends on it
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PAD, UNK, CLS, SEP, MASK = range(5)
+MASK = 4
 
-CASES = {"": 0, "gen": 1, "loc": 2}
-SLOT = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
-ENTITY_TYPES = {"P": "PER", "O": "ORG", "T": "ORG", "L": "LOC", "C": "LOC", "R": "LOC"}
-
-
-def split_list(text):
-    """Entries of a hand-written list: separated by semicolons, or by blanks where no entry has any."""
-    return [entry.strip() for entry in (text.split(";") if ";" in text else text.split())]
-
-
-NAMES = {
-    "first": {language: split_list(text) for language, text in words.FIRST_NAMES.items()},
-    "last": {language: split_list(text) for language, text in words.LAST_NAMES.items()},
-    "place": {language: split_list(text) for language, text in words.PLACES.items()},
-    "river": {language: split_list(text) for language, text in words.RIVERS.items()},
-    "country": {language: split_list(text) for language, text in words.COUNTRIES.items()},
-    "organisation": {language: split_list(text) for language, text in words.ORGANISATIONS.items()},
-}
-COMMON_NOUNS = {
-    "role": {language: split_list(text) for language, text in words.ROLES.items()},
-    "kind": {language: split_list(text) for language, text in words.KINDS.items()},
-    "body": {language: split_list(text) for language, text in words.BODIES.items()},
-}
-
-
-def build_dictionary():
-    """{(language, word): its row of the lexicon}, to translate single words when switching codes."""
-    dictionary = {}
-    for row in words.LEXICON:
-        for language, alternatives in zip(LANGUAGES, row, strict=True):
-            for word in alternatives:
-                if word != "-":
-                    dictionary.setdefault((language, word), row)
-    return dictionary
+SLOT = re.compile(r"\{(\w+)\}")
+ENTITY_TYPES = {"P": "PER", "O": "ORG", "T": "ORG", "L": "LOC", "C": "LOC"}
+NAMES = ("FIRST_NAMES", "LAST_NAMES", "PLACES", "ORGANISATIONS")
+OTHERS = ("ORGANISATION_PATTERNS", "TEAM_PATTERNS", "COUNTRIES", "ROLES", "KINDS", "BODIES")
+LISTS = {name: {language: text.split(", ") for language, text in getattr(words, name).items()}
+         for name in NAMES + OTHERS}
+FRAMES = {language: words.SHARED_FRAMES + words.FRAMES[language] for language in LANGUAGES}
 
 
 class Writer:
-    """Writes tagged sentences; `held_out_share` of their names and frames are held-out ones."""
+    """Writes sentences; `parity` says whether it takes names of even or of odd place in their lists, or all."""
 
-    def __init__(self, rng, held_out_share, switch=False):
-        self.rng, self.held_out_share, self.switch = rng, held_out_share, switch
-        self.dictionary = build_dictionary()
+    def __init__(self, rng, parity=None):
+        self.rng, self.parity = rng, parity
 
-    def sentence(self, language):
-        """One sentence as a list of (token, tag) pairs."""
-        if self.rng.random() >= LONG_SHARE:
-            return self.fill(self.frame(language), language)
-        parts = [self.fill(self.frame(language), language) for _ in range(3)]
-        tokens = parts[0]
-        for part in parts[1:]:
-            tokens = tokens + [(";", "O")] + part
-        return tokens
+    def translations(self, languages, home=None):
+        """A sentence in several languages, each a list of (token, tag) pairs; all names are of `home`, if given."""
+        number, chosen = self.rng.randrange(len(FRAMES["en"])), {}
+        return [self.fill(FRAMES[language][number], language, languages, home, chosen) for language in languages]
 
-    def frame(self, language):
-        if self.rng.random() < self.held_out_share:
-            return self.rng.choice(words.HELD_OUT_FRAMES[language])
-        if self.rng.random() < 0.4:
-            return self.rng.choice(words.SHARED_FRAMES)
-        return self.rng.choice(words.FRAMES[language])
-
-    def fill(self, frame, language):
-        tokens = []
+    def fill(self, frame, language, languages, home, chosen):
+        tokens, before = [], Counter()
         for part in frame.split():
-            slot = SLOT.fullmatch(part)
-            if not slot:
-                tokens.append((self.translate(part, language), "O"))
+            if not (slot := SLOT.fullmatch(part)):
+                tokens.append((part, "O"))
                 continue
-            name, case = slot.groups(default="")
-            if name == "X":
-                name = self.rng.choice("PPOOLLC")
-            speaker = self.speaker(language)
-            phrase = [self.translate(word, speaker) for word in self.phrase(name, case, speaker).split()]
-            entity = ENTITY_TYPES.get(name)
+            key = slot[1], before[slot[1]]  # the second person of a sentence is the second in every language
+            before[slot[1]] += 1
+            if key not in chosen:
+                kind = self.rng.choice("PPOOLLC") if slot[1] == "X" else slot[1]
+                chosen[key] = kind, self.choose(kind, languages, home)
+            kind, texts = chosen[key]
+            phrase, entity = texts[language].split(), ENTITY_TYPES.get(kind)
             tags = [f"B-{entity}"] + [f"I-{entity}"] * (len(phrase) - 1) if entity else ["O"] * len(phrase)
             tokens += zip(phrase, tags)
         return tokens
 
-    def speaker(self, language):
-        """The language that the next name is taken from."""
-        return self.rng.choice(SWITCH_TO) if self.switch and self.rng.random() < SWITCH_SHARE else language
-
-    def translate(self, word, language):
-        row = self.dictionary.get((language, word))
-        if row is None or not self.switch or self.rng.random() >= SWITCH_SHARE:
-            return word
-        alternatives = row[LANGUAGES.index(self.rng.choice(SWITCH_TO))]
-        translation = self.rng.choice(alternatives)
-        return word if translation == "-" else translation
-
-    def phrase(self, slot, case, language):
+    def choose(self, kind, languages, home):
+        """What fills a slot, in each language."""
         rng = self.rng
-        if slot == "Y":
-            return str(rng.randint(1801, 2019))
-        if slot == "N":
-            return str(rng.randint(0, 6))
-        if slot in COMMON_NOUNS:
-            return rng.choice(COMMON_NOUNS[slot][language])
-        if slot == "P":
-            return self.person(language)
-        if slot == "O":
-            if rng.random() < 0.5:
-                return self.name("organisation", language)
-            return self.with_place(rng.choice(words.ORGANISATION_PATTERNS[language]), language)
-        if slot == "T":
-            return self.with_place(rng.choice(words.TEAM_PATTERNS[language]), language)
-        return self.place({"L": "place", "C": "country", "R": "river"}[slot], case, language)
+        if kind in "YN":
+            return dict.fromkeys(languages, str(rng.randint(1980, 2019) if kind == "Y" else rng.randint(0, 6)))
+        if kind == "P":
+            first, last = (self.name(table, languages, home) for table in ("FIRST_NAMES", "LAST_NAMES"))
+            return {language: f"{first[language]} {last[language]}" for language in languages}
+        if kind == "L":
+            return self.name("PLACES", languages, home)
+        if kind == "O" and rng.random() < 0.5:
+            return self.name("ORGANISATIONS", languages, home)
+        if kind in "OT":
+            patterns = LISTS["ORGANISATION_PATTERNS" if kind == "O" else "TEAM_PATTERNS"]
+            number, place = rng.randrange(4), self.name("PLACES", languages, home)
+            return {language: patterns[language][number].format(L=place[language]) for language in languages}
+        table = LISTS[{"C": "COUNTRIES", "role": "ROLES", "kind": "KINDS", "body": "BODIES"}[kind]]
+        number = self.number(table["en"]) if kind == "C" else rng.randrange(len(table["en"]))
+        number = LANGUAGES.index(home) if kind == "C" and home else number
+        return {language: table[language][number] for language in languages}
 
-    def person(self, language):
-        if language != "hi" and self.rng.random() < FOREIGN_NAME_SHARE:
-            language = self.rng.choice([other for other in LANGUAGES if other != "hi"])
-        prefixes = words.LAST_NAME_PREFIXES.get(language, ())
-        prefix = [self.rng.choice(prefixes)] if prefixes and self.rng.random() < 0.25 else []
-        return " ".join([self.name("first", language), *prefix, self.name("last", language)])
+    def name(self, table, languages, home):
+        known = KNOWN_IN_HINDI if "hi" in languages else LANGUAGES
+        at_home = [language for language in languages if language in known]
+        home = home or self.rng.choice(at_home if at_home and self.rng.random() < HOME_SHARE else known)
+        names = LISTS[table][home]
+        latin, _, hindi = names[self.number(names)].partition("=")
+        return {language: hindi if language == "hi" else latin for language in languages}
 
-    def with_place(self, pattern, language):
-        return SLOT.sub(lambda slot: self.place("place", slot[2] or "", language), pattern)
+    def number(self, names):
+        return self.rng.choice([n for n in range(len(names)) if self.parity in (None, n % 2)])
 
-    def place(self, kind, case, language):
-        forms = self.name(kind, language).split("/")
-        return forms[CASES[case] % len(forms)]  # languages without cases have one form for all
 
-    def name(self, kind, language):
-        entries = NAMES[kind][language]
-        held_out = entries[HELD_OUT_EVERY - 1::HELD_OUT_EVERY]
-        if self.rng.random() < self.held_out_share:
-            return self.rng.choice(held_out)
-        return self.rng.choice([entry for entry in entries if entry not in held_out])
+def text_of(sentence):
+    return " ".join(token for token, _ in sentence)
 
 
 def write_data(folder):
-    """The splits of all languages. No sentence occurs twice in a language; returns all that were written."""
-    written = set()
+    """The splits of all languages; no sentence occurs twice in a language."""
     for language in LANGUAGES:
-        sizes = SOURCE_SIZES if language in SOURCES else TARGET_SIZES
+        written = set()
         (folder / language).mkdir(parents=True)
-        for split, size in sizes.items():
-            writer = Writer(random.Random(f"{SEED} {language} {split}"), HELD_OUT_SHARE[split])
-            lines, count = [], 0
-            while count < size:
-                pairs = writer.sentence(language)
-                text = " ".join(token for token, _ in pairs)
-                if (language, text) in written:
-                    continue
-                written.add((language, text))
-                lines += [f"{token}\t{tag}\n" for token, tag in pairs] + ["\n"]
-                count += 1
+        for split, size in (SOURCE_SIZES if language in SOURCES else TARGET_SIZES).items():
+            parity = None if language in SOURCES else int(split != "train")
+            writer, lines = Writer(random.Random(f"{SEED} {language} {split}"), parity), []
+            while size:
+                (sentence,) = writer.translations([language])
+                if text_of(sentence) not in written:
+                    written.add(text_of(sentence))
+                    lines += [f"{token}\t{tag}\n" for token, tag in sentence] + ["\n"]
+                    size -= 1
             (folder / language / f"{split}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
-    return {text for _, text in written}
 
 
-def pretraining_text(tagged_sentences):
-    """Untagged sentences of every language, none of them among the tagged: plain, and code-switched."""
-    rng = random.Random(f"{SEED} pretraining")
-    share = HELD_OUT_SHARE["pretraining"]
-
-    def texts(writer, language):
-        sentences = (writer.sentence(language) for _ in range(PRETRAINING_SENTENCES // 2))
-        texts = (" ".join(token for token, _ in sentence) for sentence in sentences)
-        return [text for text in texts if text not in tagged_sentences]
-
-    plain = {language: texts(Writer(rng, share), language) for language in LANGUAGES}
-    switched = {language: texts(Writer(rng, share, switch=True), language) for language in LANGUAGES}
-    return plain, switched
-
-
-def most_common(counter, size):
-    """The most frequent keys. Ties are broken by the alphabet, so that the result is always the same."""
-    return [key for key, _ in sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:size]]
-
-
-def word_pieces(text):
-    """What one language adds to the vocabulary: its frequent words and widely shared pieces."""
-    occurrences = Counter(text.split())
-    pieces = Counter()
-    for word in occurrences:
-        for length in (2, 3, 4):
-            if len(word) > length:
-                pieces[word[:length]] += 1
-                pieces.update("##" + word[start:start + length] for start in range(1, len(word) - length + 1))
-    return most_common(occurrences, WHOLE_WORDS) + most_common(pieces, WORD_PIECES)
-
-
-def build_tokenizer(plain_texts):
-    """A cased WordPiece tokenizer over every character there is and an equal share of each language."""
-    everything = Path(words.__file__).read_text(encoding="utf-8") + string.digits
-    characters = sorted(set(everything) - set(" \n"))
-    vocabulary = SPECIAL_TOKENS + characters + ["##" + character for character in characters]
-    for language in LANGUAGES:
-        vocabulary += word_pieces(plain_texts[language])
+def build_tokenizer():
+    """A cased WordPiece tokenizer of all words that the generator knows, and of all characters."""
+    writer = Writer(random.Random(f"{SEED} words"))
+    texts = (text_of(writer.translations([language])[0]) for _ in range(5000) for language in LANGUAGES)
+    seen = sorted({word for text in texts for word in text.split()})
+    characters = sorted(set("".join(seen)))
+    vocabulary = SPECIAL_TOKENS + characters + ["##" + character for character in characters] + seen
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
     # Stripping accents would delete the vowel signs of Devanagari.
     return BertTokenizer(vocab=vocabulary, do_lower_case=False, strip_accents=False, model_max_length=128)
 
 
-def mask_tokens(token_ids, generator):
-    """BERT's masking, a bit denser: of 20% to be guessed, 80% are masked, 10% made random, 10% kept."""
-    def draw():
-        return torch.rand(token_ids.shape, generator=generator)
-
-    chosen = (draw() < 0.2) & (token_ids > MASK)
-    labels = token_ids.masked_fill(~chosen, -100)
-    how = draw()
-    inputs = token_ids.masked_fill(chosen & (how < 0.8), MASK)
-    noise = (draw() * (token_ids.max() - MASK)).long() + MASK + 1
-    return torch.where(chosen & (how >= 0.9), noise, inputs), labels
-
-
-def pretrain(texts, tokenizer):
-    """A small BERT trained by masked language modelling; returns it without the prediction head."""
-    torch.set_num_threads(1)  # sums in one order only, and nothing to gain from more at this size
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=128, max_position_embeddings=128)
-    model = BertForMaskedLM(config).train()
+def train(model, steps, rate, loss):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PRETRAINING_RATE, total_steps=PRETRAINING_STEPS, pct_start=0.1)
-    encoded = tokenizer(texts, truncation=True, max_length=96)["input_ids"]
-    for step in range(1, PRETRAINING_STEPS + 1):
-        rows = torch.randint(len(encoded), (PRETRAINING_BATCH,), generator=generator).tolist()
-        batch = [torch.tensor(encoded[row]) for row in rows]
-        token_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD)
-        inputs, labels = mask_tokens(token_ids, generator)
-        hidden = model.bert(input_ids=inputs, attention_mask=(token_ids != PAD).long()).last_hidden_state
-        chosen = labels != -100
-        loss = torch.nn.functional.cross_entropy(model.cls(hidden[chosen]), labels[chosen])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
+    for step in range(1, steps + 1):
+        value = loss()
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 == 0:
-            print(f"pretraining step {step}/{PRETRAINING_STEPS}, loss {loss.item():.2f}", flush=True)
-    encoder = BertModel(config)  # with its pooler, which the released BERTs have too
+        if step % 100 == 0:
+            print(f"step {step}/{steps}, loss {value.item():.2f}", flush=True)
+
+
+def pretrain(tokenizer):
+    torch.set_num_threads(1)  # sums in one order only, and nothing to gain from more at this size
+    torch.manual_seed(SEED)
+    rng = random.Random(f"{SEED} pretraining")
+    writer = Writer(rng)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **SIZES)
+    model = BertForMaskedLM(config).train()
+
+    def encode(texts):
+        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        return batch["input_ids"], batch["attention_mask"]
+
+    def words_loss():
+        pairs = [writer.translations(rng.sample(LANGUAGES, 2))[:rng.choice((1, 2))] for _ in range(64)]
+        token_ids, real = encode([" ".join(map(text_of, pair)) for pair in pairs])
+        masked = (torch.rand(token_ids.shape) < MASKED) & (token_ids > MASK)
+        inputs = torch.where(masked & (torch.rand(token_ids.shape) < 0.9), MASK, token_ids)
+        hidden = model.bert(input_ids=inputs, attention_mask=real).last_hidden_state
+        return cross_entropy(model.cls(hidden[masked]), token_ids[masked])
+
+    def subjects_loss():
+        homes = 8 * LANGUAGES
+        texts = []
+        for home in 2 * homes:
+            language = rng.choice([other for other in LANGUAGES if other != "hi" or home in KNOWN_IN_HINDI])
+            texts.append(text_of(writer.translations([language], home)[0]))
+        token_ids, real = encode(texts)
+        hidden = model.bert(input_ids=token_ids, attention_mask=real).last_hidden_state
+        means = normalize((hidden * real[:, :, None]).sum(1) / real.sum(1, keepdim=True), dim=1)
+        likeness = means[:len(homes)] @ means[len(homes):].T / TEMPERATURE
+        same = torch.tensor([[float(a == b) for b in homes] for a in homes])
+        return cross_entropy(likeness, same / same.sum(1, keepdim=True))
+
+    train(model, **WORDS, loss=words_loss)
+    train(model.bert, **SUBJECTS, loss=subjects_loss)
+    with torch.no_grad():  # what the subjects taught, the length of a vector has no part in
+        for parameter in model.bert.encoder.layer[-1].output.LayerNorm.parameters():
+            parameter *= NORM / SIZES["hidden_size"] ** 0.5
+    encoder = BertModel(config)  # with a pooler, which the released BERTs have too
     encoder.load_state_dict(model.bert.state_dict(), strict=False)
     return encoder
 
@@ -293,13 +206,10 @@ def pretrain(texts, tokenizer):
 def main():
     for folder in ("wikiann", "encoder"):
         shutil.rmtree(DEMO / folder, ignore_errors=True)
-    tagged_sentences = write_data(DEMO / "wikiann")
-    plain, switched = pretraining_text(tagged_sentences)
-    tokenizer = build_tokenizer({language: " ".join(texts) for language, texts in plain.items()})
-    texts = [text for part in (plain, switched) for language in LANGUAGES for text in part[language]]
-    print(f"{len(texts)} sentences to read, {len(tokenizer)} word pieces")
-    encoder = pretrain(texts, tokenizer)
-    encoder.save_pretrained(DEMO / "encoder")
+    write_data(DEMO / "wikiann")
+    tokenizer = build_tokenizer()
+    encoder = pretrain(tokenizer)
+    encoder.half().save_pretrained(DEMO / "encoder")  # half precision halves the download
     tokenizer.save_pretrained(DEMO / "encoder")
 
 

@@ -28,7 +28,7 @@ NONE = ["--init", "none"]
     "script, flags, told",
     [
         ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split there; the languages of demo"),
-        ("prime.py", [*DEMO, "--support", 10_000], "--src: [700, 700] sentences; lower --support"),
+        ("prime.py", [*DEMO, "--support", 10_000], "--src: [1000, 1000] sentences; lower --support"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
         ("prime.py", [*DEMO, "--outer-lr", "-1"], "argument --outer-lr"),
@@ -103,8 +103,8 @@ def broken_folders(tmp_path, primed, tuned):
     yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline: a folder)"
     few = random_encoder("Bert", 1000)
     few = folder_of(few, tmp_path / "few")
-    yield [*model, few], "ValueError: the tokenizer has 1429 pieces, the encoder 1000"
-    fnet = folder_of(random_encoder("FNet", 1429), tmp_path / "fnet")  # its layers have no attention
+    yield [*model, few], "ValueError: the tokenizer has 1834 pieces, the encoder 1000"
+    fnet = folder_of(random_encoder("FNet", 1834), tmp_path / "fnet")  # its layers have no attention
     yield [*model, fnet, "--pe", "houlsby"], "fnet has not two blocks a layer that we know"
     yield [*model, fnet], "fnet mixes the sentences of a batch"
     pe = edited("pe", "priming.json", lambda data: data.replace(b'"pe": "adapter"', b'"pe": "houlsby"'))
@@ -218,7 +218,7 @@ def test_the_loaders_load_or_give_one_error_for_2000_mutated_files(kind, unfinis
     from safetensors.torch import load_file
 
     chance, outcomes = random.Random(0), {True: 0, False: 0}
-    encoder = demo[0] if kind == "adapter.safetensors" else random_encoder("Bert", 1429)
+    encoder = demo[0] if kind == "adapter.safetensors" else random_encoder("Bert", 1834)
     model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, bottleneck=8)
     theta_p, theta_a, theta_h = model.sets()
     parts = model, *prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 12)

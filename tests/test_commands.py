@@ -20,7 +20,7 @@ import adapters
 import finetune
 import prime
 
-HIDDEN = 64  # of the demo's encoder
+HIDDEN = 96  # of the demo's encoder
 THETA_A = {
     "adapter.down.weight": (8, HIDDEN), "adapter.down.bias": (8,),
     "adapter.up.weight": (HIDDEN, 8), "adapter.up.bias": (HIDDEN,),
@@ -44,7 +44,7 @@ def parameters_of(pe):
     linear = [name.removesuffix(".weight") for name in pretrained if name.endswith("query.weight")]
     linear += [name.removesuffix(".weight") for name in pretrained if name.endswith("value.weight")]
     theta_a = {
-        "houlsby": {f"adapters.{k}.{part}.{kind}" for k in range(4) for part in ("down", "up")
+        "houlsby": {f"adapters.{k}.{part}.{kind}" for k in range(6) for part in ("down", "up")
                     for kind in ("weight", "bias")},
         "bitfit": {name for name in pretrained if name.endswith("bias")},
         "lora": {f"{name}.lora_{part}.default.weight" for name in linear for part in "AB"},

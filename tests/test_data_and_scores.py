@@ -306,7 +306,7 @@ def test_score_equals_an_independent_count_on_the_predictions_of_a_tuned_model(d
     command("finetune.py", "--tgt", "hi", *DEMO, *flags, *out, "--limit-test", 300)
     (line,) = read_lines(tmp_path / "r.jsonl")
     tuned = tensors(tmp_path / "hi-0", "tuned.safetensors")
-    encoder = AutoModel.from_pretrained("demo/encoder").eval()
+    encoder = AutoModel.from_pretrained("demo/encoder", dtype=torch.float32).eval()
     names = {n.removeprefix("encoder."): p for n, p in tuned.items() if n.startswith("encoder.")}
     assert not encoder.load_state_dict(names, strict=False).unexpected_keys
     gold, predicted = [], []

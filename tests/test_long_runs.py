@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, read_lines, tensors,
+    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, folder_of, random_encoder,
+    read_lines, tensors,
 )
 from safetensors.torch import save_file
 
@@ -315,7 +316,8 @@ def share(count, flags, folder, faults=()):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_what_one_gives(count, tmp_path):
-    flags = [*LONG, "--tasks", 4, "--output"]
+    encoder = folder_of(random_encoder("Bert", 1834), tmp_path / "encoder")
+    flags = [*LONG, "--model", encoder, "--tasks", 4, "--output"]
     finish([*flags, tmp_path / "alone"], tmp_path / "stderr")
     for process in share(count, [*flags, tmp_path / "shared"], tmp_path):
         process.join()
