@@ -116,35 +116,33 @@ class Tagger(nn.Module):
         raise ValueError(f"{self.encoder.config.model_type} mixes the sentences of a batch")
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """The sentences with their features."""
-        parts = [sentences[i : i + 256] for i in range(0, len(sentences), 256)]  # for memory
-        return [encoded for part in parts for encoded in self.encode_at_once(part)]
-
-    def encode_at_once(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps
-        its own positions and attends to itself alone: the result is that of a row a sentence."""
-        order = self.pack([len(sentence.pieces) for sentence in sentences])
-        rows = [[sentences[i] for i in row] for row in order]
+        """The sentences with their features. They share rows of the encoder's input, so that little of its
+        work is padding; each keeps its own positions and attends to itself alone."""
         device, dtype = self.head.weight.device, self.head.weight.dtype
-
-        def padded(rows: list[list[int]], value: int = 0) -> Tensor:  # [rows, length of the longest]
-            rows = [torch.tensor(row) for row in rows]
-            return nn.utils.rnn.pad_sequence(rows, True, value).to(device)
-
-        owner = padded([[i for i, s in enumerate(row) for _ in s.pieces] for row in rows], -1)
-        where = {"attention_mask": (owner >= 0).long()}
-        if self.first_position is not None:
-            others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
-            where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
-            places = padded([[i for s in row for i in range(len(s.pieces))] for row in rows])
-            where["position_ids"] = places + self.first_position
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            pieces = padded([[piece for s in row for piece in s.pieces] for row in rows])
-            hidden = self.encoder(pieces, **where).last_hidden_state.to(dtype)
-        first = [[i in s.first for s in row for i in range(len(s.pieces))] for row in rows]
-        counts = [len(s.first) - s.first.count(-1) for row in rows for s in row]
-        features = dict(zip(sum(order, []), hidden[padded(first).bool()].split(counts)))
-        return [sentence._replace(features=features[i]) for i, sentence in enumerate(sentences)]
+        encoded = []
+        for begin in range(0, len(sentences), 256):  # for memory
+            part = sentences[begin : begin + 256]
+            order = self.pack([len(sentence.pieces) for sentence in part])
+            rows = [
+                torch.tensor([
+                    (i, piece, position, position in part[i].first)
+                    for i in row for position, piece in enumerate(part[i].pieces)
+                ])
+                for row in order
+            ]
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            owner, pieces, positions, is_first = padded.to(device).unbind(-1)
+            where = {"attention_mask": (owner >= 0).long()}
+            if self.first_position is not None:
+                others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
+                where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
+                where["position_ids"] = positions.clamp(min=0) + self.first_position
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.encoder(pieces.clamp(min=0), **where).last_hidden_state.to(dtype)
+            counts = [len(part[i].first) - part[i].first.count(-1) for row in order for i in row]
+            features = dict(zip(sum(order, []), hidden[is_first == 1].split(counts)))
+            encoded += [sentence._replace(features=features[i]) for i, sentence in enumerate(part)]
+        return encoded
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """Sentences' numbers in rows no longer than the longest: longest first, first fit."""
@@ -178,7 +176,7 @@ class Tagger(nn.Module):
 
 
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """f, in float32, and its fast tokenizer. Raises ValueError if it takes no `max_length` pieces."""
+    """f, in float32, and its fast tokenizer. Raises an error if f takes no `max_length` pieces."""
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -188,16 +186,11 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     pieces = encoder.get_input_embeddings().num_embeddings
     if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # its files may be missing
         raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, the encoder {pieces}")
-    try:
-        encoder(torch.full((1, max_length), len(tokenizer) - 1))
-    except (IndexError, RuntimeError):
-        raise ValueError("the encoder takes no sentence of so many word pieces") from None
+    encoder(torch.full((1, max_length), len(tokenizer) - 1))
     return encoder, tokenizer
 
 
-def tokenize(
-    rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length: int
-) -> list[Sentence]:
+def tokenize(rows: Sequence[tuple], tokenizer: Any, max_length: int) -> list[Sentence]:
     """Words and tags with word pieces, cut off after `max_length`, which is told on stderr."""
     texts = [words for words, _ in rows]
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -208,8 +201,7 @@ def tokenize(
         sentences.append(Sentence(words, tags, encoded["input_ids"][i], first))
     lost = [sentence.first.count(-1) for sentence in sentences if -1 in sentence.first]
     if lost:
-        words = f"{sum(lost)} of {sum(map(len, texts))} words"
-        told = f"{words}, in {len(lost)} of {len(texts)} sentences"
+        told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
         print(f"cut off after --max-length {max_length}: {told}", file=sys.stderr)
     return sentences
 

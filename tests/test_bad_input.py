@@ -42,7 +42,7 @@ NONE = ["--init", "none"]
         ("finetune.py", [*HINDI, *START, "--seeds", "0", "-1"], "argument --seeds"),
         ("finetune.py", [*HINDI, *START, "--results", "demo"], "demo"),
         ("finetune.py", [*HINDI, *START, "--device", "cuda:77"], "cuda:77: "),
-        ("prime.py", [*DEMO, "--max-length", 129], "ValueError: the encoder takes no sentence of so many"),
+        ("prime.py", [*DEMO, "--max-length", 129], "--max-length 129: RuntimeError: "),
         ("prime.py", [*DEMO, "--device", "cuda:77"], "cuda:77: "),
         ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline"),
         ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where (offline"),
