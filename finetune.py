@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas
 import torch
 from safetensors.torch import load_file, save_file
+from seqeval.metrics import classification_report
 from tqdm import tqdm
 
 import prime
@@ -76,7 +77,7 @@ def main():
             line = earlier.get((identity, language, seed))
             folder = args.save and args.save / f"{language}-{seed}"
             if folder and folder.exists() != bool(line):
-                raise prime.BadInput(f"{folder}, {args.results}: only one has this run; name others")
+                raise prime.BadInput(f"{folder}, {args.results}: only one has this run")
             if line:
                 print(f"{language} seed {seed}: done before")
             else:
@@ -139,8 +140,8 @@ def tune(args, model, tuned, sentences, seed):
         epoch += 1
     optimizer, schedule = prime.adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    loop = model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule
-    bar = tqdm(prime.prime(*loop, inner_steps=0), f"fine-tuning, seed {seed}", len(batches), disable=None)
+    steps = prime.prime(model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule, inner_steps=0)
+    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)
     for (loss,) in bar:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
@@ -157,8 +158,6 @@ def predict(model, sentences, tags):
 
 def evaluate(model, sentences, tags):
     """Entity-level micro F1, precision, recall, and F1 by type in percent, as CoNLL counts."""
-    from seqeval.metrics import classification_report
-
     gold = [[tags[tag] for tag in sentence.tags] for sentence in sentences]
     found = predict(model, sentences, tags)
     report = classification_report(gold, found, zero_division=0, output_dict=True)

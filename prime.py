@@ -1,7 +1,7 @@
-"""Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (Findings of ACL 2023).
+"""Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
 
-`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime your
-own model, copy this file and iterate over `prime`: it needs torch and nothing else.
+`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime
+your own model, copy this file and iterate over `prime`: it needs torch and nothing else.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def prime(
 
 
 def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """The paper's f_θ: what behaves as `model` with the parameters `theta` in the place of its own."""
+    """The paper's f_θ: `model` with the parameters `theta` in the place of its own."""
     return lambda *args, **kwargs: functional_call(model, theta, args, kwargs)
 
 
@@ -153,12 +153,9 @@ def check(model, sets, optimizer, inner_steps):
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
-    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero in `steps` steps."""
+    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
-
-
-ARCHIVE_NAMES = {"train": "train", "validation": "dev", "test": "test"}  # Rahimi et al. 2019
 
 
 class BadInput(Exception):
@@ -182,17 +179,15 @@ def tag_names(types):
 
 
 def read_split(data, language, split, types):
-    """The sentences of "train", "validation" or "test": pairs of words and the numbers of their tags.
-
-    `data` is a hub name or a folder with one folder a language: `train.txt` with the word first and
-    the tag last in a line, the original archives' `train` with `language:` before each word, or
-    parquet files as on the hub. Raises BadInput with file and line, or row.
-    """
+    """The sentences of a split as words and numbers of tags. `data` is a hub name or a folder with, for
+    each language, `train.txt` with the word first and the tag last in a line, the original archives'
+    `train` with `language:` before each word, or parquet files."""
     folder, tags, prefix, required = Path(data) / language, tag_names(types), f"{language}:", ""
-    if (folder / f"{split}.txt").is_file():
-        tokens = read_text(folder / f"{split}.txt")
-    elif (folder / ARCHIVE_NAMES[split]).is_file():
-        tokens, required = read_text(folder / ARCHIVE_NAMES[split]), prefix
+    text, archive = folder / f"{split}.txt", folder / {"validation": "dev"}.get(split, split)
+    if text.is_file():
+        tokens = read_text(text)
+    elif archive.is_file():
+        tokens, required = read_text(archive), prefix
     else:
         tokens = read_table(data, language, split)
     rows = [([], [])]
@@ -245,7 +240,7 @@ def read_table(data, language, split):
         yield place, "", ""
 
 
-def load(args, tokenizer, language, split):
+def load(args, tokenizer, language, split, least=1):
     """The sentences of a split in word pieces; for training, those that have one."""
     from adapters import tokenize
 
@@ -255,17 +250,15 @@ def load(args, tokenizer, language, split):
         sentences = tokenize(rows, tokenizer, args.max_length)
         if split == "train":
             sentences = [sentence for sentence in sentences if max(sentence.first) >= 0]
-        if not sentences:
-            raise BadInput(f"{args.data}, {language} {split}: no word has a word piece")
+        if len(sentences) < least:
+            told = f"{len(sentences)} sentences with a word piece, needed are {least}"
+            raise BadInput(f"{args.data}, {language} {split}: {told}")
     return sentences
 
 
 def sample_batches(corpora, args, begin=0, rank=0, processes=1):
-    """This process's tasks of each step: disjoint random sentences of the source languages in turn.
-
-    They depend on `args.seed` and the step alone: every method draws the same sentences. FT priming
-    takes both sets as the query set. Dropout is seeded here, for a run to go on as it would have.
-    """
+    """This process's tasks of each step: disjoint random sentences of the languages in turn, the same
+    for all methods. FT priming takes both sets as the query set. Dropout is seeded for the step."""
     for step in range(begin, args.steps):
         chance = random.Random(f"{args.seed} {step}")
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
@@ -319,15 +312,11 @@ def main():
     torch.manual_seed(args.seed)
     with blaming(f"--model {args.model} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length)
-    corpora = [load(args, tokenizer, language, "train") for language in args.src]
-    if min(map(len, corpora)) < args.support + args.query:
-        raise BadInput(f"--src: {[*map(len, corpora)]} sentences; lower --support or --query")
+    least = args.support + args.query
+    corpora = [load(args, tokenizer, language, "train", least) for language in args.src]
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
-    with torch.no_grad():  # a step on the head changes its scores by about α‖f(x)‖²: it carries α over
-        features = torch.cat([sentence.features for sentence in model.encode(corpora[0][:100])])
-    square = features.square().sum(-1).mean()
-    print(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
+    tell_scale(args.inner_lr, model, corpora[0][:100])
     if args.second_order and (args.method == "maml" or not model.on_top):
         encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
@@ -342,15 +331,14 @@ def main():
         signal.signal(number, lambda number, _: stopped.append(number))
     batches = sample_batches(corpora, args, len(losses), rank, processes)
     steps = prime(
-        model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
-        inner_lr=args.inner_lr, inner_steps=inner_steps, maml=args.method == "maml",
-        second_order=args.second_order,
+        model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule, inner_lr=args.inner_lr,
+        inner_steps=inner_steps, maml=args.method == "maml", second_order=args.second_order,
         hoist=model.hoist if model.on_top else None,  # else f changes with θi
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank or None)
-    for query_losses in bar:
+    for step, query_losses in enumerate(bar, start=len(losses) + 1):
         losses.append(sum(query_losses))
-        step, norm = len(losses), nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
         if not math.isfinite(losses[-1] + norm):
             told = f"query losses of the tasks {query_losses}, norm of the meta-gradient {norm:.3g}"
             raise BadInput(f"step {step}: {told}; lower --inner-lr or --outer-lr")
@@ -376,8 +364,16 @@ def build(args, pe, encoder, sentences):
     return model
 
 
+@torch.no_grad()
+def tell_scale(inner_lr, model, sentences):
+    """A step on the head changes its scores by about α‖f(x)‖²: so α is carried to other encoders."""
+    features = torch.cat([sentence.features for sentence in model.encode(sentences)])
+    square = features.square().sum(-1).mean()
+    print(f"α‖f(x)‖² = {inner_lr} · {square:.1f} = {inner_lr * square:.2f}")
+
+
 def continued(args, identity, *parts):
-    """The losses of the unfinished run in --output, its state put into `parts`; none if it is new."""
+    """The losses of the unfinished run in --output, whose state `parts` take; none if it is new."""
     import fcntl
 
     output, found, losses, states = args.output, identity, [], []
@@ -392,7 +388,7 @@ def continued(args, identity, *parts):
         elif {*output.iterdir()} - {output / f"{CHECKPOINT}.new"}:
             found = "not ours"
         if found != identity:
-            raise BadInput(f"{output} holds something else, or other settings, data or weights; name another")
+            raise BadInput(f"{output} is of other settings, data or weights, or not ours; name another")
         for part, state in zip(parts, states):
             part.load_state_dict(state)
     if (output / COMPLETE).exists():
