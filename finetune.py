@@ -191,7 +191,7 @@ def read_results(path):
             with prime.blaming(f"--results {path}:{number}"):
                 kept = json.loads(line)
                 earlier[kept.get("run"), kept.get("target"), kept.get("seed")] = kept
-        if not line.endswith("\n"):
+        if not line.endswith("\n"):  # an editor left it so
             file.write("\n")
     return earlier
 

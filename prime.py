@@ -181,7 +181,7 @@ def tag_names(types):
 def read_split(data, language, split, types):
     """The sentences of a split as words and numbers of tags. `data` is a hub name or a folder with, for
     each language, `train.txt` with the word first and the tag last in a line, the original archives'
-    `train` with `language:` before each word, or parquet files."""
+    `train` with `language:` before each word, or parquet files. Raises BadInput with the place."""
     folder, tags, prefix, required = Path(data) / language, tag_names(types), f"{language}:", ""
     text, archive = folder / f"{split}.txt", folder / {"validation": "dev"}.get(split, split)
     if text.is_file():
@@ -251,8 +251,7 @@ def load(args, tokenizer, language, split, least=1):
         if split == "train":
             sentences = [sentence for sentence in sentences if max(sentence.first) >= 0]
         if len(sentences) < least:
-            told = f"{len(sentences)} sentences with a word piece, needed are {least}"
-            raise BadInput(f"{args.data}, {language} {split}: {told}")
+            raise ValueError(f"{len(sentences)} sentences with a word piece, needed are {least}")
     return sentences
 
 
@@ -468,8 +467,8 @@ def parse(parser):
     """The flags, if all numbers are positive and finite; some may be zero."""
     args = parser.parse_args()
     for name, value in vars(args).items():
+        may_be_zero = name in ("inner_steps", "seed", "seeds", "min_steps")
         for x in value if type(value) is list else [value]:
-            may_be_zero = name in ("inner_steps", "seed", "seeds", "min_steps")
             if type(x) in (int, float) and not (0 < x < 2**63 or may_be_zero and x == 0):
                 parser.error(f"argument --{name.replace('_', '-')}: {x} is out of range")
     return args

@@ -28,7 +28,7 @@ NONE = ["--init", "none"]
     "script, flags, told",
     [
         ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split there; the languages of demo"),
-        ("prime.py", [*DEMO, "--support", 10_000], "en train: 700 sentences with a word piece, needed are 10016"),
+        ("prime.py", [*DEMO, "--support", 10_000], "en train: ValueError: 700 sentences with a word piece, needed are 10016"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
         ("prime.py", [*DEMO, "--outer-lr", "-1"], "argument --outer-lr"),
