@@ -1,6 +1,6 @@
 """The model of §4, h(g(f(x; θp); θa); θh), and its three named sets of parameters.
 
-f is an encoder that `AutoModel` loads, g an adapter after its last layer, h a linear head on every word;
+f is an encoder that `AutoModel` loads, g an adapter after its last layer, h a linear head on words;
 with another `pe`, θa is inside f. Nothing here knows of data sets or of training.
 """
 
@@ -25,10 +25,7 @@ class Sentence(NamedTuple):
 
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: down-projection, non-linearity, up-projection, skip connection.
-
-    It starts near the identity: weights normal with std 1e-2, truncated at two std, biases zero.
-    Maps [..., hidden] to [..., hidden]; 2 · hidden · bottleneck + hidden + bottleneck parameters.
-    """
+    It starts near the identity: weights normal with std 1e-2, truncated at two std, biases zero."""
 
     def __init__(self, hidden: int, bottleneck: int = 64):
         super().__init__()
@@ -42,7 +39,7 @@ class Adapter(nn.Module):
         return x + self.up(nn.functional.gelu(self.down(x)))
 
     def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """A forward hook; bound methods are copied with their model, closures are not."""
+        """For a forward hook: bound methods are copied with their model, closures are not."""
         return self(output)
 
 
@@ -52,8 +49,7 @@ class Tagger(nn.Module):
     adapter: one `Adapter` on top of the encoder, as in the paper. houlsby: one after the attention and
     one after the feed-forward block of every layer, before the skip connection (§4). bitfit: the biases
     of the encoder (Ben Zaken et al. 2022). lora: updates of the matrices for queries and values, scaled
-    by 2 (Hu et al. 2022). None: nothing. `bottleneck` is the width of adapters and the rank of LoRA.
-    Raises ValueError where the encoder has no parts that we know for it.
+    by 2 (Hu et al. 2022). None: nothing. Raises ValueError where the encoder has no such parts.
 
     The head starts as BERT's own do: normal with std 0.02, zero bias. The pooler of some encoders cannot
     affect the tag of a word: it is saved with the encoder, but is in no set and not counted.
@@ -65,7 +61,7 @@ class Tagger(nn.Module):
         hidden, kind = encoder.config.hidden_size, encoder.config.model_type
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
         self.on_top = pe in (None, "adapter")  # θa, if there is any, comes after all of θp
-        self.first_position: int | None = None  # of a sentence in a packed row; None: do not pack
+        self.first_position = None  # of a sentence in a packed row; None: do not pack
         self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
         if pe == "houlsby":
             ends = ("output.dense", "out_lin", "lin2", "Wo", "attn.o")  # of a block, in BERT's kin
@@ -78,8 +74,8 @@ class Tagger(nn.Module):
         if pe == "lora":
             from peft import LoraConfig, inject_adapter_in_model
 
-            bert, kin = ["query", "value"], ["q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
-            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=bert + kin)
+            names = ["query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "in_proj", "Wqkv"]
+            config = LoraConfig(r=bottleneck, lora_alpha=2 * bottleneck, target_modules=names)
             inject_adapter_in_model(config, encoder)
             self.requires_grad_()  # peft freezes the rest
         self.head = nn.Linear(hidden, num_tags)
@@ -116,40 +112,33 @@ class Tagger(nn.Module):
         raise ValueError(f"{self.encoder.config.model_type} mixes the sentences of a batch")
 
     def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """The sentences with their features."""
-        parts = [sentences[i : i + 256] for i in range(0, len(sentences), 256)]  # for memory
-        return [encoded for part in parts for encoded in self.encode_at_once(part)]
-
-    def encode_at_once(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """Sentences share rows of the encoder's input, so that little of its work is padding. Each keeps
-        its own positions and attends to itself alone: the result is that of a row a sentence."""
-        order = self.pack([len(sentence.pieces) for sentence in sentences])
-        rows = [[sentences[i] for i in row] for row in order]
+        """The sentences with their features. They share rows of the encoder's input, so that little
+        is padding; each keeps its own positions and attends to itself alone."""
         device, dtype = self.head.weight.device, self.head.weight.dtype
-
-        def padded(rows: list[list[int]], value: int = 0) -> Tensor:  # [rows, length of the longest]
-            rows = [torch.tensor(row) for row in rows]
-            return nn.utils.rnn.pad_sequence(rows, True, value).to(device)
-
-        owner = padded([[i for i, s in enumerate(row) for _ in s.pieces] for row in rows], -1)
-        where = {"attention_mask": (owner >= 0).long()}
-        if self.first_position is not None:
-            others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
-            where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
-            places = padded([[i for s in row for i in range(len(s.pieces))] for row in rows])
-            where["position_ids"] = places + self.first_position
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            pieces = padded([[piece for s in row for piece in s.pieces] for row in rows])
-            hidden = self.encoder(pieces, **where).last_hidden_state.to(dtype)
-        first = [[i in s.first for s in row for i in range(len(s.pieces))] for row in rows]
-        counts = [len(s.first) - s.first.count(-1) for row in rows for s in row]
-        features = dict(zip(sum(order, []), hidden[padded(first).bool()].split(counts)))
-        return [sentence._replace(features=features[i]) for i, sentence in enumerate(sentences)]
+        encoded = []
+        for begin in range(0, len(sentences), 256):  # for memory
+            part = sentences[begin : begin + 256]
+            order = self.pack([len(sentence.pieces) for sentence in part])
+            rows = [torch.tensor([(i, piece, place, place in part[i].first) for i in row
+                                  for place, piece in enumerate(part[i].pieces)]) for row in order]
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+            owner, pieces, places, is_first = padded.unbind(-1)
+            where = {"attention_mask": (owner >= 0).long()}
+            if self.first_position is not None:
+                others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
+                where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
+                where["position_ids"] = places.clamp(min=0) + self.first_position
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.encoder(pieces.clamp(min=0), **where).last_hidden_state.to(dtype)
+            counts = [len(part[i].first) - part[i].first.count(-1) for row in order for i in row]
+            features = dict(zip(sum(order, []), hidden[is_first == 1].split(counts)))
+            encoded += [sentence._replace(features=features[i]) for i, sentence in enumerate(part)]
+        return encoded
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """Sentences' numbers in rows no longer than the longest: longest first, first fit."""
         room = max(lengths) if self.first_position is not None else 0
-        rows: list[list[int]] = []
+        rows = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             for row in rows:
                 if sum(lengths[j] for j in row) + lengths[i] <= room:
@@ -160,7 +149,7 @@ class Tagger(nn.Module):
         return rows
 
     def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
-        """`encode` for several sets of sentences at once."""
+        """`encode` for several sets of sentences."""
         encoded = iter(self.encode([sentence for part in sets for sentence in part]))
         return [[next(encoded) for _ in part] for part in sets]
 
@@ -178,7 +167,7 @@ class Tagger(nn.Module):
 
 
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """f, in float32, and its fast tokenizer. Raises ValueError if it takes no `max_length` pieces."""
+    """f, in float32, and its fast tokenizer. Raises an error if f takes no `max_length` pieces."""
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -188,16 +177,11 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     pieces = encoder.get_input_embeddings().num_embeddings
     if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # its files may be missing
         raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, the encoder {pieces}")
-    try:
-        encoder(torch.full((1, max_length), len(tokenizer) - 1))
-    except (IndexError, RuntimeError):
-        raise ValueError("the encoder takes no sentence of so many word pieces") from None
+    encoder(torch.full((1, max_length), len(tokenizer) - 1))
     return encoder, tokenizer
 
 
-def tokenize(
-    rows: list[tuple[list[str], list[int]]], tokenizer: Any, max_length: int
-) -> list[Sentence]:
+def tokenize(rows: Sequence[tuple], tokenizer: Any, max_length: int) -> list[Sentence]:
     """Words and tags with word pieces, cut off after `max_length`, which is told on stderr."""
     texts = [words for words, _ in rows]
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -208,8 +192,7 @@ def tokenize(
         sentences.append(Sentence(words, tags, encoded["input_ids"][i], first))
     lost = [sentence.first.count(-1) for sentence in sentences if -1 in sentence.first]
     if lost:
-        words = f"{sum(lost)} of {sum(map(len, texts))} words"
-        told = f"{words}, in {len(lost)} of {len(texts)} sentences"
+        told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
         print(f"cut off after --max-length {max_length}: {told}", file=sys.stderr)
     return sentences
 

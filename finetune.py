@@ -3,29 +3,27 @@
 `python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1.
 """
 
-import argparse
 import copy
 import json
 import math
 import random
 from os.path import relpath
 from pathlib import Path
-from typing import Any
 
 import pandas
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from seqeval.metrics import classification_report
 from tqdm import tqdm
 
 import prime
-from adapters import Parameters, Sentence, Tagger, load_encoder, put
+from adapters import load_encoder, put
 
 OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
 OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments():
     """The flags; what the folder of --load or --init records takes the place of their defaults."""
     parser = prime.common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
@@ -62,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main():
     args = parse_arguments()
     encoder, tokenizer, saved = load_base(args)
     data = {}  # all of it first: what is wrong there is told before anything is trained
@@ -79,7 +77,7 @@ def main() -> None:
             line = earlier.get((identity, language, seed))
             folder = args.save and args.save / f"{language}-{seed}"
             if folder and folder.exists() != bool(line):
-                raise prime.BadInput(f"{folder}, {args.results}: only one has this run; name others")
+                raise prime.BadInput(f"{folder}, {args.results}: only one has this run")
             if line:
                 print(f"{language} seed {seed}: done before")
             else:
@@ -103,23 +101,22 @@ def main() -> None:
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
 
-def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Tensor]]:
+def load_base(args):
     """f, its tokenizer, and what is beside it: θa* of a primed folder, or what --save kept."""
     base = args.model if args.init == "none" else args.init
     with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(base, args.max_length)
     if args.load and args.weights != prime.checksum(encoder.parameters()):
         raise prime.BadInput(f"{base} is not what {args.load} was tuned on: name that by --init")
-    saved = args.load / "tuned.safetensors" if args.load else Path(base) / "adapter.safetensors"
-    if not args.load and (args.init == "none" or args.tune != "adapter"):
-        return encoder, tokenizer, {}
-    with prime.blaming(str(saved)):
-        return encoder, tokenizer, load_file(saved)
+    saved = {}
+    if args.load or args.init != "none" and args.tune == "adapter":
+        path = args.load / "tuned.safetensors" if args.load else Path(base) / "adapter.safetensors"
+        with prime.blaming(path):
+            saved = load_file(path)
+    return encoder, tokenizer, saved
 
 
-def start(
-    args: Any, encoder: nn.Module, saved: dict[str, Tensor], seed: int, sentences: list[Sentence]
-) -> tuple[Tagger, Parameters]:
+def start(args, encoder, saved, seed, sentences):
     """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
     torch.manual_seed(seed)
     pe = args.pe if args.tune == "adapter" else None
@@ -129,12 +126,12 @@ def start(
         parameter.requires_grad_(args.tune == "full")
     tuned = {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
     if saved:
-        with prime.blaming(f"{args.load or args.init}"):
+        with prime.blaming(args.load or args.init):
             put(saved, tuned if args.load else theta_a)
     return model, tuned
 
 
-def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
+def tune(args, model, tuned, sentences, seed):
     """Moves `tuned`: without inner steps a meta step is a step of plain fine-tuning (§5.2)."""
     size, batches, epoch = args.batch_size, [], 0
     while epoch < args.epochs or len(batches) < args.min_steps:
@@ -143,8 +140,8 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
         epoch += 1
     optimizer, schedule = prime.adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    loop = model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule
-    bar = tqdm(prime.prime(*loop, inner_steps=0), f"fine-tuning, seed {seed}", len(batches), disable=None)
+    steps = prime.prime(model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule, inner_steps=0)
+    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)
     for (loss,) in bar:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
@@ -153,47 +150,40 @@ def tune(args: Any, model: Tagger, tuned: Parameters, sentences: list[Sentence],
 
 
 @torch.no_grad()
-def predict(model: Tagger, sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
+def predict(model, sentences, tags):
     """The model's tags for all words of the sentences; a word that has no piece is O."""
     best = iter(model(sentences).argmax(dim=-1).tolist())
     return [[tags[next(best)] if first >= 0 else "O" for first in s.first] for s in sentences]
 
 
-def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict[str, float]:
+def evaluate(model, sentences, tags):
     """Entity-level micro F1, precision, recall, and F1 by type in percent, as CoNLL counts."""
-    from seqeval.metrics import classification_report
-
     gold = [[tags[tag] for tag in sentence.tags] for sentence in sentences]
-    predicted = predict(model, sentences, tags)
-    report = classification_report(gold, predicted, zero_division=0, output_dict=True)
+    found = predict(model, sentences, tags)
+    report = classification_report(gold, found, zero_division=0, output_dict=True)
     micro = report["micro avg"]
     scores = {"f1": micro["f1-score"], "precision": micro["precision"], "recall": micro["recall"]}
     scores |= {f"f1_{name}": row["f1-score"] for name, row in report.items() if " avg" not in name}
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
-def keep(
-    args: argparse.Namespace, line: dict[str, Any], folder: Path | None, tuned: Parameters
-) -> None:
+def keep(args, line, folder, tuned):
     """What was tuned in the folder, if there is one; the line in --results, then on the screen."""
-
-    def write(new: Path) -> None:
-        new.mkdir(parents=True, exist_ok=True)
-        save_file(tuned, new / "tuned.safetensors")
-        base = relpath(args.model if args.init == "none" else args.init, folder)
-        (new / "tuned.json").write_text(json.dumps({**line, "base": base}, indent=2, default=str))
-
     if folder:
-        prime.replace(folder, write)
+        base = relpath(args.model if args.init == "none" else args.init, folder)
+        with prime.replacing(folder) as new:
+            new.mkdir(parents=True, exist_ok=True)
+            save_file(tuned, new / "tuned.safetensors")
+            (new / "tuned.json").write_text(json.dumps({**line, "base": base}, indent=2, default=str))
     with open(args.results, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, default=str) + "\n")
     print("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
           "updated {updated:,} of {parameters:,} ({share:.4%})".format(**line))
 
 
-def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read_results(path):
     """The lines of earlier runs, by run, target and seed."""
-    earlier, number, line = {}, 0, "\n"
+    earlier, line = {}, "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         file.seek(0)
@@ -201,7 +191,7 @@ def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
             with prime.blaming(f"--results {path}:{number}"):
                 kept = json.loads(line)
                 earlier[kept.get("run"), kept.get("target"), kept.get("seed")] = kept
-        if not line.endswith("\n"):
+        if not line.endswith("\n"):  # an editor left it so
             file.write("\n")
     return earlier
 

@@ -1,7 +1,7 @@
-"""Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (Findings of ACL 2023).
+"""Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
 
-`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime your
-own model, copy this file and iterate over `prime`: it needs torch and nothing else.
+`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime
+your own model, copy this file and iterate over `prime`: it needs torch and nothing else.
 """
 
 import argparse
@@ -94,29 +94,26 @@ def prime(
 
 
 def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """The paper's f_θ: what behaves as `model` with the parameters `theta` in the place of its own."""
+    """The paper's f_θ: `model` with the parameters `theta` in the place of its own."""
     return lambda *args, **kwargs: functional_call(model, theta, args, kwargs)
 
 
 def gradient_of(loss: Tensor, theta: Mapping[str, Tensor], second_order: bool) -> dict[str, Tensor]:
     """∇_θ of the loss, by name; zero where the loss does not depend on a part of θ."""
-    tensors = list(theta.values())
-    found = torch.autograd.grad(loss, tensors, create_graph=second_order, allow_unused=True)
+    found = torch.autograd.grad(loss, [*theta.values()], create_graph=second_order, allow_unused=True)
     if all(gradient is None for gradient in found):
         raise ValueError("no gradient reaches θi: the loss must call f(...), and not model(...)")
-    zero = torch.zeros_like(loss)
-    return {n: zero if gradient is None else gradient for n, gradient in zip(theta, found)}
+    return {n: torch.zeros_like(loss) if g is None else g for n, g in zip(theta, found)}
 
 
-def share_among_processes(
-    losses: list[Tensor], outer: list[nn.Parameter], theta_1_h: list[Tensor]
-) -> list[float]:
+def share_among_processes(losses, outer, theta_1_h):
     """In a process group: sums the meta-gradients, spreads the first's θ1_h. All query losses."""
     mine = [loss.item() for loss in losses]
     if not (distributed.is_available() and distributed.is_initialized()):
         return mine
-    for gradient in [parameter.grad for parameter in outer if parameter.grad is not None]:
-        distributed.all_reduce(gradient)
+    for parameter in outer:
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
     for tensor in theta_1_h:
         distributed.broadcast(tensor, 0)
     everyones = [mine] * distributed.get_world_size()
@@ -124,16 +121,14 @@ def share_among_processes(
     return sum(everyones, [])
 
 
-def support_and_query_sets(tasks: Iterable[tuple[Batch, Batch]]) -> Iterable[Sequence[Batch]]:
+def support_and_query_sets(tasks):
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks):
         raise ValueError("a batch of tasks is a list of pairs (support set, query set), not empty")
     return zip(*tasks)
 
 
-def check(
-    model: nn.Module, sets: Sequence[Parameters], optimizer: Optimizer, inner_steps: int
-) -> None:
+def check(model, sets, optimizer, inner_steps):
     """Raises ValueError, with the name and the mend, for what would go wrong in silence."""
     own = dict(model.named_parameters(remove_duplicate=False))
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -158,21 +153,17 @@ def check(
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, steps: int) -> tuple[Optimizer, LRScheduler]:
-    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero in `steps` steps."""
+    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
 
-ARCHIVE_NAMES = {"train": "train", "validation": "dev", "test": "test"}  # Rahimi et al. 2019
-Row = tuple[list[str], list[int]]  # the words of a sentence, the numbers of their tags
-
-
-class BadInput(Exception):  # what was wrong, where, and what to do, in one line
-    pass
+class BadInput(Exception):
+    """What was wrong, where, and what to do, in one line."""
 
 
 @contextmanager
-def blaming(source: str) -> Iterator[None]:
+def blaming(source):
     """Whatever is raised inside becomes a BadInput that names `source`."""
     try:
         yield
@@ -183,25 +174,23 @@ def blaming(source: str) -> Iterator[None]:
         raise BadInput(f"{source}: {type(error).__name__}: {told}") from error
 
 
-def tag_names(types: list[str]) -> list[str]:
+def tag_names(types):
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 
-def read_split(data: str, language: str, split: str, types: list[str]) -> list[Row]:
-    """The sentences of a split: "train", "validation" or "test".
-
-    `data` is a hub name or a folder with one folder a language: `train.txt` with the word first and
-    the tag last in a line, the original archives' `train` with `language:` before each word, or
-    parquet files as on the hub. Raises BadInput with file and line, or row.
-    """
+def read_split(data, language, split, types):
+    """The sentences of a split as words and numbers of tags. `data` is a hub name or a folder with, for
+    each language, `train.txt` with the word first and the tag last in a line, the original archives'
+    `train` with `language:` before each word, or parquet files. Raises BadInput with the place."""
     folder, tags, prefix, required = Path(data) / language, tag_names(types), f"{language}:", ""
-    if (folder / f"{split}.txt").is_file():
-        tokens = read_text(folder / f"{split}.txt")
-    elif (folder / ARCHIVE_NAMES[split]).is_file():
-        tokens, required = read_text(folder / ARCHIVE_NAMES[split]), prefix
+    text, archive = folder / f"{split}.txt", folder / {"validation": "dev"}.get(split, split)
+    if text.is_file():
+        tokens = read_text(text)
+    elif archive.is_file():
+        tokens, required = read_text(archive), prefix
     else:
         tokens = read_table(data, language, split)
-    rows: list[Row] = [([], [])]
+    rows = [([], [])]
     for place, word, tag in tokens:
         if word == tag == "" or word == "-DOCSTART-":
             rows.append(([], []))
@@ -219,7 +208,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[R
     return rows
 
 
-def read_text(path: Path) -> Iterator[tuple[str, str, str]]:
+def read_text(path):
     """Place, first and last column, parted by tabs or blanks; both are empty between sentences."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -229,7 +218,7 @@ def read_text(path: Path) -> Iterator[tuple[str, str, str]]:
         yield f"{path}:{number}", word, others[-1] if others else ""
 
 
-def read_table(data: str, language: str, split: str) -> Iterator[tuple[str, Any, Any]]:
+def read_table(data, language, split):
     """The same of the hub's tables; a number that no ClassLabel names stays a number."""
     import datasets
 
@@ -247,12 +236,11 @@ def read_table(data: str, language: str, split: str) -> Iterator[tuple[str, Any,
     for number, (words, tags) in enumerate(zip(table["tokens"], table["ner_tags"]), start=1):
         place = f"{folder}, row {number} of {split}"
         with blaming(place):
-            pairs = list(zip(words, tags, strict=True))
-        yield from [(place, word, names.get(tag, tag)) for word, tag in pairs]
+            yield from [(place, word, names.get(tag, tag)) for word, tag in zip(words, tags, strict=True)]
         yield place, "", ""
 
 
-def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) -> list[Any]:
+def load(args, tokenizer, language, split, least=1):
     """The sentences of a split in word pieces; for training, those that have one."""
     from adapters import tokenize
 
@@ -262,19 +250,14 @@ def load(args: argparse.Namespace, tokenizer: Any, language: str, split: str) ->
         sentences = tokenize(rows, tokenizer, args.max_length)
         if split == "train":
             sentences = [sentence for sentence in sentences if max(sentence.first) >= 0]
-        if not sentences:
-            raise BadInput(f"{args.data}, {language} {split}: no word has a word piece")
+        if len(sentences) < least:
+            raise ValueError(f"{len(sentences)} sentences with a word piece, needed are {least}")
     return sentences
 
 
-def sample_batches(
-    corpora: list[list[Any]], args: Any, begin: int = 0, rank: int = 0, processes: int = 1
-) -> Iterator[list[tuple[list[Any], list[Any]]]]:
-    """This process's tasks of each step: disjoint random sentences of the source languages in turn.
-
-    They depend on `args.seed` and the step alone: every method draws the same sentences. FT priming
-    takes both sets as the query set. Dropout is seeded here, for a run to go on as it would have.
-    """
+def sample_batches(corpora, args, begin=0, rank=0, processes=1):
+    """This process's tasks of each step: disjoint random sentences of the languages in turn, the same
+    for all methods. FT priming takes both sets as the query set. Dropout is seeded for the step."""
     for step in range(begin, args.steps):
         chance = random.Random(f"{args.seed} {step}")
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
@@ -286,7 +269,7 @@ def sample_batches(
         yield tasks[len(tasks) * rank // processes : len(tasks) * (rank + 1) // processes]
 
 
-def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
+def tag_loss(f, sentences):
     """L_Ti: the mean cross-entropy over the words that have a piece."""
     scores = f(sentences)
     tags = [tag for s in sentences for first, tag in zip(s.first, s.tags) if first >= 0]
@@ -299,7 +282,7 @@ NOT_IN_IDENTITY = {  # of a run: places, whose contents are in it, and what has 
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments():
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
@@ -318,7 +301,7 @@ def parse_arguments() -> argparse.Namespace:
     return parse(parser)
 
 
-def main() -> None:
+def main():
     args = parse_arguments()
     from tqdm import tqdm
 
@@ -328,12 +311,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     with blaming(f"--model {args.model} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length)
-    corpora = [load(args, tokenizer, language, "train") for language in args.src]
-    if min(map(len, corpora)) < args.support + args.query:
-        raise BadInput(f"--src: {[*map(len, corpora)]} sentences; lower --support or --query")
+    least = args.support + args.query
+    corpora = [load(args, tokenizer, language, "train", least) for language in args.src]
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
-    tell_scale(args, model, corpora[0][:100])
+    tell_scale(args.inner_lr, model, corpora[0][:100])
     if args.second_order and (args.method == "maml" or not model.on_top):
         encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
@@ -342,33 +324,34 @@ def main() -> None:
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
     outer = [*theta_p.values(), *theta_a.values()]
     optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
-    losses = continued(args, identity, model, optimizer, schedule)
-    stopped: list[int] = []
+    parts, stopped = (model, optimizer, schedule), []
+    losses = continued(args, identity, *parts)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
     batches = sample_batches(corpora, args, len(losses), rank, processes)
     steps = prime(
-        model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule,
-        inner_lr=args.inner_lr, inner_steps=inner_steps, maml=args.method == "maml",
-        second_order=args.second_order,
+        model, theta_p, theta_a, theta_h, batches, tag_loss, optimizer, schedule, inner_lr=args.inner_lr,
+        inner_steps=inner_steps, maml=args.method == "maml", second_order=args.second_order,
         hoist=model.hoist if model.on_top else None,  # else f changes with θi
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=rank or None)
-    for query_losses in bar:
+    for step, query_losses in enumerate(bar, start=len(losses) + 1):
         losses.append(sum(query_losses))
-        refuse_what_is_not_finite(args, len(losses), query_losses, outer)
+        norm = nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
+        if not math.isfinite(losses[-1] + norm):
+            told = f"query losses {query_losses} ({args.src} in turn), norm of the meta-gradient {norm:.3g}"
+            raise BadInput(f"step {step}: {told}; lower --inner-lr or --outer-lr")
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        if rank == 0 and (stopped or len(losses) % args.save_every == 0 or len(losses) == args.steps):
-            state = identity, losses, [part.state_dict() for part in (model, optimizer, schedule)]
-            replace(args.output / CHECKPOINT, lambda new, state=state: torch.save(state, new))
-        if rank == 0 and stopped:
-            at_step = f"step {len(losses)} of {args.steps}"
-            raise BadInput(f"stopped after {at_step}; the same command goes on")
+        if rank == 0 and (stopped or step % args.save_every == 0 or step == args.steps):
+            with replacing(args.output / CHECKPOINT) as new:
+                torch.save((identity, losses, [part.state_dict() for part in parts]), new)
+            if stopped:
+                raise BadInput(f"stopped after step {step}; the same command goes on")
     if rank == 0:
         save(args, identity, losses, model, tokenizer)
 
 
-def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentences: list[Any]) -> Any:
+def build(args, pe, encoder, sentences):
     """The model; it packs sentences where that is exact."""
     from adapters import Tagger
 
@@ -381,29 +364,18 @@ def build(args: argparse.Namespace, pe: str | None, encoder: nn.Module, sentence
 
 
 @torch.no_grad()
-def tell_scale(args: argparse.Namespace, model: Any, sentences: list[Any]) -> None:
+def tell_scale(inner_lr, model, sentences):
     """A step on the head changes its scores by about α‖f(x)‖²: so α is carried to other encoders."""
     features = torch.cat([sentence.features for sentence in model.encode(sentences)])
     square = features.square().sum(-1).mean()
-    print(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
+    print(f"α‖f(x)‖² = {inner_lr} · {square:.1f} = {inner_lr * square:.2f}")
 
 
-def refuse_what_is_not_finite(
-    args: argparse.Namespace, step: int, query_losses: list[float], outer: list[nn.Parameter]
-) -> None:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in outer if p.grad is not None])
-    if not math.isfinite(sum(query_losses) + norm):
-        first = (step - 1) * args.tasks
-        told = [f"{args.src[(first + i) % len(args.src)]} {x:.3g}" for i, x in enumerate(query_losses)]
-        raise BadInput(f"step {step}: query losses of the tasks: {', '.join(told)}; norm of the "
-                       f"meta-gradient: {norm:.3g}; lower --inner-lr or --outer-lr")
-
-
-def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[float]:
-    """The losses of the unfinished run in --output, its state put into `parts`; none if it is new."""
+def continued(args, identity, *parts):
+    """The losses of the unfinished run in --output, whose state `parts` take; none if it is new."""
     import fcntl
 
-    output, losses, states = args.output, [], []
+    output, found, losses, states = args.output, identity, [], []
     with blaming(f"--output {output} (does another command write there?)"):
         output.mkdir(parents=True, exist_ok=True)
         if not distributed.is_initialized() or distributed.get_rank() == 0:  # till it ends
@@ -412,11 +384,10 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
             found = json.loads((output / COMPLETE).read_text())["run"]
         elif (output / CHECKPOINT).exists():
             found, losses, states = torch.load(output / CHECKPOINT, args.device, weights_only=True)
-        else:
-            found = None if {*output.iterdir()} - {output / f"{CHECKPOINT}.new"} else identity
+        elif {*output.iterdir()} - {output / f"{CHECKPOINT}.new"}:
+            found = "not ours"
         if found != identity:
-            told = "other settings, data or weights, or not ours"
-            raise BadInput(f"{output} is of {told}; name another")
+            raise BadInput(f"{output} is of other settings, data or weights, or not ours; name another")
         for part, state in zip(parts, states):
             part.load_state_dict(state)
     if (output / COMPLETE).exists():
@@ -426,9 +397,7 @@ def continued(args: argparse.Namespace, identity: str, *parts: Any) -> list[floa
     return losses
 
 
-def save(
-    args: argparse.Namespace, identity: str, losses: list[float], model: Any, tokenizer: Any
-) -> None:
+def save(args, identity, losses, model, tokenizer):
     """θp* as `AutoModel` reads it, θa* beside it, and last what tells that all is there."""
     from safetensors.torch import save_file
 
@@ -437,21 +406,22 @@ def save(
         tokenizer.save_pretrained(args.output)
         save_file(model.sets()[1], args.output / "adapter.safetensors")
     record = {**vars(args), "run": identity, "last_losses": losses[-10:]}
-    text = json.dumps(record, indent=2, default=str)
-    replace(args.output / COMPLETE, lambda new: new.write_text(text))
+    with replacing(args.output / COMPLETE) as new:
+        new.write_text(json.dumps(record, indent=2, default=str))
     (args.output / CHECKPOINT).unlink()
     print(f"{args.output}: {args.steps} meta steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """What `write` writes takes its name once it is whole."""
+@contextmanager
+def replacing(path):
+    """A name to write under: what is there takes the place of `path` once it is whole."""
     new = path.with_name(f"{path.name}.new")
     with blaming(f"writing {path}"):
-        write(new)
+        yield new
         new.replace(path)
 
 
-def join_processes(args: argparse.Namespace) -> tuple[int, int]:
+def join_processes(args):
     """Under torchrun: the number of this process, and of how many. The first one speaks."""
     if not distributed.is_torchelastic_launched():
         return 0, 1
@@ -465,17 +435,17 @@ def join_processes(args: argparse.Namespace) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def identify(args: argparse.Namespace, weights: Iterable[Tensor], sentences: list[Any]) -> str:
+def identify(args, weights, sentences):
     """A checksum of all that decides a result: settings, weights and data."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_IDENTITY}
     return f"{zlib.crc32(repr([settings, checksum(weights), sentences]).encode()):08x}"
 
 
-def checksum(weights: Iterable[Tensor]) -> int:
+def checksum(weights):
     return zlib.crc32(repr([zlib.crc32(tensor.detach().cpu().numpy()) for tensor in weights]).encode())
 
 
-def common_parser(description: str) -> argparse.ArgumentParser:
+def common_parser(description):
     """The flags that prime.py and finetune.py share."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
@@ -493,18 +463,18 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser):
     """The flags, if all numbers are positive and finite; some may be zero."""
     args = parser.parse_args()
     for name, value in vars(args).items():
-        zero = name in ("inner_steps", "seed", "seeds", "min_steps")
-        numbers = [x for x in (value if type(value) is list else [value]) if type(x) in (int, float)]
-        if not all(0 < x < 2**63 or zero and x == 0 for x in numbers):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        may_be_zero = name in ("inner_steps", "seed", "seeds", "min_steps")
+        for x in value if type(value) is list else [value]:
+            if type(x) in (int, float) and not (0 < x < 2**63 or may_be_zero and x == 0):
+                parser.error(f"argument --{name.replace('_', '-')}: {x} is out of range")
     return args
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main):
     """Runs a command; bad input ends it with one line on stderr and exit status 2."""
     try:
         for stream in (sys.stdout, sys.stderr):

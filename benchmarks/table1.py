@@ -95,7 +95,8 @@ def write_distinct(target: str, args: argparse.Namespace) -> None:
     sentences = ["".join(f"{word}\t{tags[tag]}\n" for word, tag in zip(*row, strict=True)) for row in rows]
     folder = args.output / "distinct" / target
     folder.mkdir(parents=True, exist_ok=True)
-    prime.replace(folder / "test.txt", lambda new: new.write_text("\n".join(sentences), encoding="utf-8"))
+    with prime.replacing(folder / "test.txt") as new:
+        new.write_text("\n".join(sentences), encoding="utf-8")
     print(f"{target}: {len(test) - len(rows)} of {len(test)} test sentences are training sentences too")
 
 
@@ -165,7 +166,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     kept = args.output / "settings.json"
     if not kept.exists():
-        prime.replace(kept, lambda new: new.write_text(settings))
+        with prime.replacing(kept) as new:
+            new.write_text(settings)
     if kept.read_text() != settings:
         raise prime.BadInput(f"{args.output} is of other settings: {kept.read_text()}; take another --output")
     for target in args.distinct:

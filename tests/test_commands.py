@@ -194,13 +194,13 @@ def test_dropout_is_on_in_full_fine_tuning_alone_and_off_in_scoring(tune, demo, 
 
 
 def test_features_are_computed_once_where_theta_p_stays(tmp_path, monkeypatch):
-    encoded, encode = [], adapters.Tagger.encode_at_once
+    encoded, encode = [], adapters.Tagger.encode
 
     def spy(self, sentences):
         encoded.append(len(sentences))
         return encode(self, sentences)
 
-    monkeypatch.setattr(adapters.Tagger, "encode_at_once", spy)
+    monkeypatch.setattr(adapters.Tagger, "encode", spy)
     monkeypatch.setattr(adapters.Tagger, "choose_packing", lambda *given: None)
     base = [*HINDI, *SMALL_TUNING, *START, "--seeds", 0, 1, "--results", tmp_path / "r.jsonl"]
     for tune in ("adapter", "head"):
