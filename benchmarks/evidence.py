@@ -93,7 +93,7 @@ def interval(values: pandas.Series) -> str:
     return f"{values.mean():+.2f} ± {half:.2f} ({len(values)})"
 
 
-def report(split: str) -> None:
+def report(split: str, targets: list[str]) -> None:
     table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
     keys = ["asked", "tuning", "priming", "target", "seed"]
     f1 = table.drop_duplicates(keys, keep="last").set_index(keys)["f1"]
@@ -102,18 +102,43 @@ def report(split: str) -> None:
         spread = f" ± {group.std():.2f}" if len(group) > 1 else ""
         print(f"| {' | '.join(map(str, key))} | {group.mean():.2f}{spread} | {len(group)} |")
     print("\nPaired differences over seeds, 95 % intervals (Student's t):\n")
-    print("| sentences | difference | target | F1 | \n|---|---|---|---|")
+    print("| sentences | difference | target | F1 |\n|---|---|---|---|")
     by_priming = f1.groupby(level=["asked", "target", "seed", "priming"]).last().unstack("priming")
     means = by_priming.groupby(level=["asked", "seed"]).mean().assign(target="mean")
     means = means.set_index("target", append=True).reorder_levels(["asked", "target", "seed"])
-    by_priming = pandas.concat([by_priming, means])
-    others = ["ft", "paper-alpha", "none", "maml", "one-step"]
+    of_all = by_priming.groupby(level=["asked", "seed"]).filter(lambda rows: len(rows) == len(targets))
+    mean = of_all.groupby(level=["asked", "seed"]).agg(lambda column: column.mean(skipna=False))
+    mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(["asked", "target", "seed"])
+    by_priming = pandas.concat([by_priming, mean])
     pairs = [*(("meta", other) for other in others), ("ft", "none")]
     for one, other in pairs:
         if {one, other} <= {*by_priming}:
             difference = (by_priming[one] - by_priming[other]).dropna()
             for (size, target), group in difference.groupby(level=["asked", "target"]):
                 print(f"| {size} | {one} − {other} | {target} | {interval(group)} |")
+
+
+def draw(split: str, targets: list[str], picture: Path) -> None:
+    """F1 against the number of training sentences, with and without priming; dots are seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same picture has the same bytes
+    from matplotlib import pyplot
+
+    names = {"meta": "Meta Priming → AT", "ft": "FT Priming → AT", "none": "AT"}
+    table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
+    figure, panels = pyplot.subplots(1, len(targets), sharey=True, figsize=(7, 3), layout="constrained")
+    for axes, target in zip(panels, targets):
+        for (priming, name), color in zip(names.items(), ("#0072b2", "#d55e00", "0.5")):
+            f1 = table[(table["priming"] == priming) & (table["target"] == target)]
+            mean = f1.groupby("asked")["f1"].mean()
+            axes.plot(mean.index, mean, "-", color=color, label=name)
+            axes.plot(f1["asked"], f1["f1"], ".", color=color)
+        axes.set(xscale="log", title=target, xlabel="training sentences")
+    panels[0].set(ylabel="F1")
+    panels[-1].legend(frameon=False, loc="lower right")
+    figure.savefig(picture, metadata={"Date": None})
 
 
 def main() -> None:
@@ -131,9 +156,11 @@ def main() -> None:
          help="the last flag: what follows goes to finetune.py")
     flag("--output", type=Path, default=ROOT / "evidence", help="folder for the primed models")
     flag("--report", action="store_true", help="print the tables and run nothing")
+    flag("--picture", type=Path, help="with --report: draw them there (needs matplotlib)")
     args = parser.parse_args()
     if args.report:
-        return report(args.split)
+        report(args.split, args.tgt)
+        return draw(args.split, args.tgt, args.picture) if args.picture else None
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for priming in args.priming:

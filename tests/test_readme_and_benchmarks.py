@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import DEMO, EXTRA, HERE, PE, command, moved, read_lines
+from conftest import DEMO, EXTRA, HERE, PE, command, folder_of, moved, random_encoder, read_lines
 
 import adapters
 
@@ -144,9 +144,8 @@ def test_the_example_primes_an_mlp_for_sine_waves():
 
 def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
     """The README's first command. The demo was built to show it: this tests the code, not the method."""
-    flags = ["--outer-lr", 1e-3, "--steps", 200, "--output", tmp_path / "primed"]
-    command("prime.py", "--src", "en", "es", *DEMO, *flags)
-    seeds = ["--lr", 1e-3, "--seeds", *range(5), "--results", tmp_path / "results.jsonl"]
+    command("prime.py", "--src", "en", "es", *DEMO, "--steps", 400, "--output", tmp_path / "primed")
+    seeds = ["--seeds", *range(5), "--results", tmp_path / "results.jsonl"]
     base = ["--tgt", "hi", "--data", "demo/wikiann", *seeds]
     command("finetune.py", *base, "--init", "none", "--model", "demo/encoder")
     command("finetune.py", *base, "--init", tmp_path / "primed")
@@ -176,7 +175,9 @@ def test_the_plot_of_the_inner_rate_shows_what_the_runs_ended_with(monkeypatch, 
         return Namespace(**vars(command(Path(words[1]).name, *flags, status=status)), returncode=status)
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    flags = [*DEMO, "--steps", 3, "--support", 4, "--query", 4, "--limit-train", 50, "--output", tmp_path]
+    encoder = folder_of(random_encoder("Bert", 1834), tmp_path / "encoder")
+    flags = ["--model", encoder, "--data", "demo/wikiann", "--output", tmp_path]
+    flags += ["--steps", 3, "--support", 4, "--query", 4, "--limit-train", 50]
     for picture in ("one.svg", "two.svg"):  # the second time from what the first has left
         done = command("benchmarks/inner_rate.py", *flags, "--picture", tmp_path / picture)
         lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
