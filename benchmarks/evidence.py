@@ -110,6 +110,7 @@ def report(split: str, targets: list[str]) -> None:
     mean = of_all.groupby(level=["asked", "seed"]).agg(lambda column: column.mean(skipna=False))
     mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(["asked", "target", "seed"])
     by_priming = pandas.concat([by_priming, mean])
+    others = ("ft", "paper-alpha", "none", "maml", "one-step")
     pairs = [*(("meta", other) for other in others), ("ft", "none")]
     for one, other in pairs:
         if {one, other} <= {*by_priming}:
