@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, folder_of, random_encoder,
-    read_lines, tensors,
+    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, folder_of, random_encoder, read_lines,
+    tensors,
 )
 from safetensors.torch import save_file
 
@@ -260,8 +260,7 @@ def test_a_second_command_on_one_output_is_refused(tmp_path):
 def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(flags, tmp_path):
     done = command("prime.py", *LONG, "--steps", 300, "--output", tmp_path / "primed", *flags, status=2)
     (line,) = done.stderr.splitlines()
-    told = (r"step (\d+): query losses \[\S+, \S+\] \(\['en', 'es'\] in turn\), "
-            r"norm of the meta-gradient \S+; lower")
+    told = r"step (\d+): query losses \[\S+, \S+\] \(\['en', 'es'\] in turn\), norm of the meta-gradient \S+; lower"
     found = re.search(told, line)
     assert found and "nan" in line or "inf" in line, line
     assert steps_done(tmp_path / "primed", 300) == int(found[1]) - 1
