@@ -3,6 +3,7 @@
 `python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -17,13 +18,13 @@ from seqeval.metrics import classification_report
 from tqdm import tqdm
 
 import prime
-from adapters import load_encoder, put
+from adapters import Parameters, Sentence, Tagger, load_encoder, put
 
 OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
 OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights")
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     """The flags; what the folder of --load or --init records takes the place of their defaults."""
     parser = prime.common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
@@ -60,7 +61,7 @@ def parse_arguments():
     return args
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     encoder, tokenizer, saved = load_base(args)
     data = {}  # all of it first: what is wrong there is told before anything is trained
@@ -116,7 +117,7 @@ def load_base(args):
     return encoder, tokenizer, saved
 
 
-def start(args, encoder, saved, seed, sentences):
+def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, Parameters]:
     """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
     torch.manual_seed(seed)
     pe = args.pe if args.tune == "adapter" else None
@@ -131,7 +132,7 @@ def start(args, encoder, saved, seed, sentences):
     return model, tuned
 
 
-def tune(args, model, tuned, sentences, seed):
+def tune(args, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
     """Moves `tuned`: without inner steps a meta step is a step of plain fine-tuning (§5.2)."""
     size, batches, epoch = args.batch_size, [], 0
     while epoch < args.epochs or len(batches) < args.min_steps:
@@ -150,13 +151,13 @@ def tune(args, model, tuned, sentences, seed):
 
 
 @torch.no_grad()
-def predict(model, sentences, tags):
+def predict(model: Tagger, sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
     """The model's tags for all words of the sentences; a word that has no piece is O."""
     best = iter(model(sentences).argmax(dim=-1).tolist())
     return [[tags[next(best)] if first >= 0 else "O" for first in s.first] for s in sentences]
 
 
-def evaluate(model, sentences, tags):
+def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict[str, float]:
     """Entity-level micro F1, precision, recall, and F1 by type in percent, as CoNLL counts."""
     gold = [[tags[tag] for tag in sentence.tags] for sentence in sentences]
     found = predict(model, sentences, tags)
@@ -181,7 +182,7 @@ def keep(args, line, folder, tuned):
           "updated {updated:,} of {parameters:,} ({share:.4%})".format(**line))
 
 
-def read_results(path):
+def read_results(path: Path) -> dict[tuple, dict]:
     """The lines of earlier runs, by run, target and seed."""
     earlier, line = {}, "\n"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,14 +121,14 @@ def share_among_processes(losses, outer, theta_1_h):
     return sum(everyones, [])
 
 
-def support_and_query_sets(tasks):
+def support_and_query_sets(tasks: Iterable[tuple[Batch, Batch]]) -> Iterable[Sequence[Batch]]:
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks):
         raise ValueError("a batch of tasks is a list of pairs (support set, query set), not empty")
     return zip(*tasks)
 
 
-def check(model, sets, optimizer, inner_steps):
+def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Optimizer, inner_steps: int) -> None:
     """Raises ValueError, with the name and the mend, for what would go wrong in silence."""
     own = dict(model.named_parameters(remove_duplicate=False))
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -163,7 +163,7 @@ class BadInput(Exception):
 
 
 @contextmanager
-def blaming(source):
+def blaming(source: Any) -> Iterator[None]:
     """Whatever is raised inside becomes a BadInput that names `source`."""
     try:
         yield
@@ -174,11 +174,11 @@ def blaming(source):
         raise BadInput(f"{source}: {type(error).__name__}: {told}") from error
 
 
-def tag_names(types):
+def tag_names(types: Sequence[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 
-def read_split(data, language, split, types):
+def read_split(data: str, language: str, split: str, types: Sequence[str]) -> list[tuple[list, list]]:
     """The sentences of a split as words and numbers of tags. `data` is a hub name or a folder with, for
     each language, `train.txt` with the word first and the tag last in a line, the original archives'
     `train` with `language:` before each word, or parquet files. Raises BadInput with the place."""
@@ -208,7 +208,7 @@ def read_split(data, language, split, types):
     return rows
 
 
-def read_text(path):
+def read_text(path: Path) -> Iterator[tuple[str, str, str]]:
     """Place, first and last column, parted by tabs or blanks; both are empty between sentences."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -218,7 +218,7 @@ def read_text(path):
         yield f"{path}:{number}", word, others[-1] if others else ""
 
 
-def read_table(data, language, split):
+def read_table(data: str, language: str, split: str) -> Iterator[tuple[str, Any, Any]]:
     """The same of the hub's tables; a number that no ClassLabel names stays a number."""
     import datasets
 
@@ -240,7 +240,7 @@ def read_table(data, language, split):
         yield place, "", ""
 
 
-def load(args, tokenizer, language, split, least=1):
+def load(args, tokenizer, language: str, split: str, least: int = 1) -> list[Any]:
     """The sentences of a split in word pieces; for training, those that have one."""
     from adapters import tokenize
 
@@ -269,7 +269,7 @@ def sample_batches(corpora, args, begin=0, rank=0, processes=1):
         yield tasks[len(tasks) * rank // processes : len(tasks) * (rank + 1) // processes]
 
 
-def tag_loss(f, sentences):
+def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
     """L_Ti: the mean cross-entropy over the words that have a piece."""
     scores = f(sentences)
     tags = [tag for s in sentences for first, tag in zip(s.first, s.tags) if first >= 0]
@@ -282,7 +282,7 @@ NOT_IN_IDENTITY = {  # of a run: places, whose contents are in it, and what has 
 }
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
@@ -301,7 +301,7 @@ def parse_arguments():
     return parse(parser)
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     from tqdm import tqdm
 
@@ -413,7 +413,7 @@ def save(args, identity, losses, model, tokenizer):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: Path) -> Iterator[Path]:
     """A name to write under: what is there takes the place of `path` once it is whole."""
     new = path.with_name(f"{path.name}.new")
     with blaming(f"writing {path}"):
@@ -441,11 +441,11 @@ def identify(args, weights, sentences):
     return f"{zlib.crc32(repr([settings, checksum(weights), sentences]).encode()):08x}"
 
 
-def checksum(weights):
+def checksum(weights: Iterable[Tensor]) -> int:
     return zlib.crc32(repr([zlib.crc32(tensor.detach().cpu().numpy()) for tensor in weights]).encode())
 
 
-def common_parser(description):
+def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags that prime.py and finetune.py share."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
@@ -463,7 +463,7 @@ def common_parser(description):
     return parser
 
 
-def parse(parser):
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, if all numbers are positive and finite; some may be zero."""
     args = parser.parse_args()
     for name, value in vars(args).items():
@@ -474,7 +474,7 @@ def parse(parser):
     return args
 
 
-def run(main):
+def run(main: Callable[[], None]) -> None:
     """Runs a command; bad input ends it with one line on stderr and exit status 2."""
     try:
         for stream in (sys.stdout, sys.stderr):
