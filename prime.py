@@ -13,6 +13,7 @@ import signal
 import sys
 import zlib
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -279,6 +280,7 @@ def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
 CHECKPOINT, COMPLETE = "checkpoint.pt", "priming.json"  # the second is written last
 NOT_IN_IDENTITY = {  # of a run: places, whose contents are in it, and what has no say in the result
     "model", "data", "init", "load", "output", "results", "save", "save_every", "device", "tgt", "seeds",
+    "versions",
 }
 
 
@@ -450,6 +452,8 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
     parser.print_usage = lambda file=None: None  # a wrong flag too ends with one line
+    pinned = ("torch", "transformers", "datasets", "seqeval")
+    parser.set_defaults(versions={name: metadata.version(name) for name in pinned})
     flag = parser.add_argument
     flag("--model", default="bert-base-multilingual-cased", help="on the hub or in a folder")
     flag("--data", default="unimelb-nlp/wikiann", help="on the hub or in a folder")

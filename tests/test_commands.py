@@ -277,7 +277,7 @@ def test_primed_loads_elsewhere(primed):
     text, elsewhere = "Delhi is a city .", AutoTokenizer.from_pretrained(HERE / "demo/encoder")
     assert AutoTokenizer.from_pretrained(primed)(text) == elsewhere(text)
     record = json.loads((primed / "priming.json").read_text())
-    assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2
+    assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2 and record["versions"]["torch"]
     assert record["src"] == ["en", "es"] and record["types"] == TYPES
     assert not {path.suffix for path in primed.iterdir()} - {".json", ".safetensors"}
 
