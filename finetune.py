@@ -1,7 +1,6 @@
 """PE fine-tuning of a primed or pretrained encoder for target languages, and its score.
 
-`python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1.
-"""
+`python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1."""
 
 import argparse
 import copy
@@ -18,7 +17,7 @@ from seqeval.metrics import classification_report
 from tqdm import tqdm
 
 import prime
-from adapters import Parameters, Sentence, Tagger, load_encoder, put
+from adapters import Sentence, Tagger, load_encoder
 
 OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
 OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights")
@@ -30,16 +29,16 @@ def parse_arguments() -> argparse.Namespace:
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
-    flag("--init", default="primed", help="a folder that prime.py wrote, or none: --model as it is")
-    flag("--epochs", type=int, default=10, help="passes over the training sentences")
-    flag("--min-steps", type=int, default=0, metavar="N", help="whole epochs more, up to N steps")
+    flag("--init", default="primed", help="folder of prime.py, or none: --model as it is")
+    flag("--epochs", type=int, default=10, help="passes over the sentences")
+    flag("--min-steps", type=int, default=0, metavar="N", help="epochs more, up to N steps")
     flag("--lr", type=float, default=3e-3, help="of AdamW, falling to 0")
     flag("--batch-size", type=int, default=16, help="sentences")
     flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
     flag("--split", choices=["test", "validation"], default="test", help="what is scored")
     flag("--limit-test", type=int, metavar="N", help="first N sentences of what is scored")
-    flag("--results", type=Path, default=Path("results.jsonl"), help="each run adds a line")
-    flag("--save", type=Path, metavar="DIR", help="keep what each run tuned in DIR/LANG-SEED")
+    flag("--results", type=Path, default=Path("results"), help="a folder; each run leaves a file")
+    flag("--save", type=Path, metavar="DIR", help="keep what is tuned there")
     flag("--load", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept")
     parser.set_defaults(priming=None, weights=None)
     args, recorded = prime.parse(parser), {}
@@ -68,18 +67,19 @@ def main() -> None:
     for language in args.tgt:
         train = [] if args.load else prime.load(args, tokenizer, language, "train")
         data[language] = train, prime.load(args, tokenizer, language, args.split)
-    earlier, lines = read_results(args.results), []
+    args.results.mkdir(parents=True, exist_ok=True)
+    lines = []
     for language, (train, test) in data.items():
         identity = prime.identify(args, [*encoder.parameters(), *saved.values()], train + test)
         if args.tune == "head" or args.tune == "adapter" and args.pe == "adapter":
             with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
                 train, test = prime.build(args, None, encoder, train + test).hoist([train, test])
         for seed in dict.fromkeys(args.seeds):
-            line = earlier.get((identity, language, seed))
+            result = args.results / f"{language}-{seed}-{identity}.json"
             folder = args.save and args.save / f"{language}-{seed}"
-            if folder and folder.exists() != bool(line):
-                raise prime.BadInput(f"{folder}, {args.results}: only one has this run")
-            if line:
+            if folder and folder.exists() != result.exists():
+                raise prime.BadInput(f"{folder}, {result}: only one is there")
+            if result.exists():
                 print(f"{language} seed {seed}: done before")
             else:
                 model, tuned = start(args, encoder, saved, seed, train + test)
@@ -94,8 +94,9 @@ def main() -> None:
                     "train_sentences": len(train), "test_sentences": len(test),
                     "weights": prime.checksum(encoder.parameters()),
                 }
-                keep(args, line, folder, tuned)
-            lines.append(line)
+                keep(args, line, result, folder, tuned)
+            with prime.blaming(result):
+                lines.append(json.loads(result.read_text()))
     if len(lines) > 1:
         columns = {"F1": ("f1", "mean"), "std": ("f1", "std"), "seeds": ("seed", "size")}
         table = pandas.DataFrame(lines).groupby("target", sort=False).agg(**columns).reset_index()
@@ -108,7 +109,7 @@ def load_base(args):
     with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(base, args.max_length)
     if args.load and args.weights != prime.checksum(encoder.parameters()):
-        raise prime.BadInput(f"{base} is not what {args.load} was tuned on: name that by --init")
+        raise prime.BadInput(f"{base} is not what {args.load} was tuned on: give --init")
     saved = {}
     if args.load or args.init != "none" and args.tune == "adapter":
         path = args.load / "tuned.safetensors" if args.load else Path(base) / "adapter.safetensors"
@@ -117,7 +118,7 @@ def load_base(args):
     return encoder, tokenizer, saved
 
 
-def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, Parameters]:
+def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, dict]:
     """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
     torch.manual_seed(seed)
     pe = args.pe if args.tune == "adapter" else None
@@ -128,73 +129,57 @@ def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, Parameter
     tuned = {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
     if saved:
         with prime.blaming(args.load or args.init):
-            put(saved, tuned if args.load else theta_a)
+            if saved.keys() != (tuned if args.load else theta_a).keys():
+                raise ValueError("it holds other parameters than the model has")
+            model.load_state_dict(saved, strict=False)
     return model, tuned
 
 
-def tune(args, model: Tagger, tuned: Parameters, sentences: list[Sentence], seed: int) -> None:
+def tune(args, model: Tagger, tuned: dict, sentences: list[Sentence], seed: int) -> None:
     """Moves `tuned`: without inner steps a meta step is a step of plain fine-tuning (§5.2)."""
     size, batches, epoch = args.batch_size, [], 0
     while epoch < args.epochs or len(batches) < args.min_steps:
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
         batches += [[([], order[begin : begin + size])] for begin in range(0, len(order), size)]
         epoch += 1
-    optimizer, schedule = prime.adamw(tuned.values(), args.lr, len(batches))
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    steps = prime.prime(model, tuned, {}, {}, batches, prime.tag_loss, optimizer, schedule, inner_steps=0)
+    optimizing = (prime.tag_loss, *prime.adamw(tuned.values(), args.lr, len(batches)))
+    steps = prime.prime(model, tuned, {}, {}, batches, *optimizing, inner_steps=0)
     bar = tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)
     for (loss,) in bar:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
             raise prime.BadInput(f"fine-tuning, seed {seed}: the loss is {loss}; lower --lr")
-    model.eval()
 
 
 @torch.no_grad()
 def predict(model: Tagger, sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
     """The model's tags for all words of the sentences; a word that has no piece is O."""
-    best = iter(model(sentences).argmax(dim=-1).tolist())
+    best = iter(model.eval()(sentences).argmax(dim=-1).tolist())
     return [[tags[next(best)] if first >= 0 else "O" for first in s.first] for s in sentences]
 
 
 def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict[str, float]:
-    """Entity-level micro F1, precision, recall, and F1 by type in percent, as CoNLL counts."""
+    """Entity-level micro F1, precision and recall in percent, as CoNLL counts."""
     gold = [[tags[tag] for tag in sentence.tags] for sentence in sentences]
     found = predict(model, sentences, tags)
-    report = classification_report(gold, found, zero_division=0, output_dict=True)
-    micro = report["micro avg"]
-    scores = {"f1": micro["f1-score"], "precision": micro["precision"], "recall": micro["recall"]}
-    scores |= {f"f1_{name}": row["f1-score"] for name, row in report.items() if " avg" not in name}
-    return {name: 100 * float(value) for name, value in scores.items()}
+    report = classification_report(gold, found, zero_division=0, output_dict=True)["micro avg"]
+    scores = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
+    return {name: 100 * float(report[key]) for name, key in scores.items()}
 
 
-def keep(args, line, folder, tuned):
-    """What was tuned in the folder, if there is one; the line in --results, then on the screen."""
+def keep(args, line, result, folder, tuned):
+    """What was tuned in the folder, if there is one; the scores as a file, then on the screen."""
     if folder:
         base = relpath(args.model if args.init == "none" else args.init, folder)
         with prime.replacing(folder) as new:
             new.mkdir(parents=True, exist_ok=True)
             save_file(tuned, new / "tuned.safetensors")
             (new / "tuned.json").write_text(json.dumps({**line, "base": base}, indent=2, default=str))
-    with open(args.results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+    with prime.replacing(result) as new:
+        new.write_text(json.dumps(line, indent=2, default=str))
     print("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
           "updated {updated:,} of {parameters:,} ({share:.4%})".format(**line))
-
-
-def read_results(path: Path) -> dict[tuple, dict]:
-    """The lines of earlier runs, by run, target and seed."""
-    earlier, line = {}, "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            with prime.blaming(f"--results {path}:{number}"):
-                kept = json.loads(line)
-                earlier[kept.get("run"), kept.get("target"), kept.get("seed")] = kept
-        if not line.endswith("\n"):  # an editor left it so
-            file.write("\n")
-    return earlier
 
 
 if __name__ == "__main__":

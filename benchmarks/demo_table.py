@@ -11,6 +11,7 @@ seeds of fine-tuning.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -44,10 +45,11 @@ def prime(args: argparse.Namespace, row: int) -> Path:
 
 def tune(args: argparse.Namespace, name: object, *flags: object) -> pandas.Series:
     """F1 of every target and seed."""
-    results = args.output / f"results-{name}.jsonl"
+    results = args.output / f"results-{name}"
     run("finetune.py", "--tgt", *args.tgt, *DEMO, "--split", args.split, "--seeds", *args.seeds,
         "--results", results, *flags)
-    return pandas.read_json(results, lines=True).set_index(["target", "seed"])["f1"]
+    lines = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    return pandas.DataFrame(lines).set_index(["target", "seed"]).sort_index()["f1"]
 
 
 def rows(args: argparse.Namespace) -> None:
@@ -113,8 +115,8 @@ def main() -> None:
     flag("--jobs", type=int, default=2, help="commands at a time, of one thread each")
     flag("--output", type=Path, default=Path("demo-table"), help="folder for what the runs leave")
     args = parser.parse_args()
-    for mark in [*args.output.glob("results-*.jsonl"), *args.output.glob("primed-*")]:  # of an earlier call
-        shutil.rmtree(mark) if mark.is_dir() else mark.unlink()
+    for mark in [*args.output.glob("results-*"), *args.output.glob("primed-*")]:  # of an earlier call
+        shutil.rmtree(mark)
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     if args.rates is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,16 +74,17 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
     elif not (folder / "priming.json").exists():
         run("prime.py", *base, *PRIMING[priming], "--seed", seed, "--save-every", 10**6, "--output", folder)
     for target, size in missing:
-        file = args.output / f"{priming}-{seed}-{target}-{size}-{args.split}.jsonl"
-        file.unlink(missing_ok=True)
+        results = args.output / f"{priming}-{seed}-{target}-{size}-{args.split}"
+        shutil.rmtree(results, ignore_errors=True)
         limits = ["--limit-train", size, "--limit-test", args.limit_test]
         run("finetune.py", "--tgt", target, "--data", args.data, *start, "--seeds", seed, *limits,
-            "--split", args.split, *tuning, "--results", file)
-        (line,) = lines(file)
+            "--split", args.split, *tuning, "--results", results)
+        (path,) = results.glob("*.json")
+        line = json.loads(path.read_text())
         slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT}}
         RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as results:
-            results.write(json.dumps(slim) + "\n")
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(slim) + "\n")
 
 
 def interval(values: pandas.Series) -> str:

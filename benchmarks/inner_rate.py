@@ -27,7 +27,7 @@ def query_loss(method: str, rate: str, args: argparse.Namespace, rest: list[str]
     command = [sys.executable, ROOT / "prime.py", *rest, *flags, "--output", output]
     done = subprocess.run([*map(str, command)], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        if "norm of the meta-gradient" not in done.stderr:
+        if "lower --inner-lr" not in done.stderr:
             sys.exit(done.stderr)
         print(f"{method}, α = {rate}: {done.stderr.strip().splitlines()[-1]}")
         return math.nan

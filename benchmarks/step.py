@@ -117,7 +117,7 @@ def compare_meta_gradients(model, ways, tasks, tolerance):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def meta_gradient(step):
-        adapters.put(before, dict(model.named_parameters()))
+        model.load_state_dict(before, strict=False)
         step(tasks, inner_steps=5)
         return torch.cat([p.grad.flatten().double() for p in (theta_p | theta_a).values()])
 
@@ -211,17 +211,27 @@ def print_peaks(model, rows, corpora, args):
 
 def print_padding(model, corpora):
     """How many of the positions that the encoder sees are real, in a random batch as drawn and as packed."""
-    lengths = [len(sentence.pieces) for corpus in corpora for sentence in corpus]
-    random.Random(0).shuffle(lengths)
+    class SeenError(Exception):
+        """Ends a call of the encoder before it has begun."""
+
+    def note(module, given):
+        raise SeenError(given[0].numel())
+
+    hook = model.encoder.register_forward_pre_hook(note)
+    sentences = sum(corpora, [])
+    random.Random(0).shuffle(sentences)
     for size in (16, 32, 256):
         real = padded = packed = 0
-        for begin in range(0, min(len(lengths), 10_000) - size + 1, size):
-            batch = lengths[begin : begin + size]
-            real += sum(batch)
-            padded += max(batch) * size
-            rows = model.pack(batch)
-            packed += len(rows) * max(sum(batch[i] for i in row) for row in rows)
+        for begin in range(0, min(len(sentences), 10_000) - size + 1, size):
+            batch = sentences[begin : begin + size]
+            real += sum(len(sentence.pieces) for sentence in batch)
+            padded += max(len(sentence.pieces) for sentence in batch) * size
+            try:
+                model.encode(batch)
+            except SeenError as seen:
+                packed += seen.args[0]
         print(f"real positions in batches of {size}: {real / padded:.1%} padded, {real / packed:.1%} packed")
+    hook.remove()
 
 
 def print_rates(model, args, batches, times):
@@ -256,8 +266,9 @@ def load(args):
 
         encoder = BertModel(BertConfig(vocab_size=119_547))
     corpora = [prime.load(args, tokenizer, language, "train") for language in args.src]
-    model = adapters.Tagger(encoder, 7, bf16=args.bf16).to(args.device).eval()
+    model = adapters.Tagger(encoder, 7).to(args.device).eval()
     model.choose_packing(sum(corpora, []))
+    model.bf16 = args.bf16
     return model, corpora
 
 

@@ -47,7 +47,7 @@ def run(script: str, *flags: object) -> None:
     try:
         status = child.wait()
     except KeyboardInterrupt:
-        child.terminate()  # prime.py writes its checkpoint then
+        child.terminate()
         child.wait()
         raise
     if status:
@@ -58,7 +58,7 @@ def run(script: str, *flags: object) -> None:
 def measure(row: int, args: argparse.Namespace) -> list[dict]:
     """The lines of `finetune.py` for a row, by target, seed and split; does what is not done yet."""
     folder, data, model = args.output / f"row-{row}", ["--data", args.data], ["--model", args.model]
-    official, distinct = folder / "official.jsonl", folder / "distinct.jsonl"
+    official, distinct = folder / "official", folder / "distinct"
     limits = [word for name in ("train", "test") if (limit := vars(args)[f"limit_{name}"])
               for word in (f"--limit-{name}", limit)]
     keep = ["--save", folder / "tuned"] if args.distinct else []
@@ -76,13 +76,13 @@ def measure(row: int, args: argparse.Namespace) -> list[dict]:
             if (target, seeds[0]) not in found(distinct):
                 run("finetune.py", "--tgt", target, "--data", args.output / "distinct",
                     "--load", folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
-    return [{**line, "row": row, "split": path.stem} for path in (official, distinct)
+    return [{**line, "row": row, "split": path.name} for path in (official, distinct)
             for (target, seed), line in found(path).items() if target in args.tgt and seed in seeds]
 
 
 def found(results: Path) -> dict[tuple[str, int], dict]:
-    """The lines of a file of results."""
-    lines = map(json.loads, results.read_text().splitlines() if results.exists() else [])
+    """What runs left in a folder of results."""
+    lines = [json.loads(path.read_text()) for path in results.glob("*.json")]
     return {(line["target"], line["seed"]): line for line in lines}
 
 

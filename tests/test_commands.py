@@ -12,8 +12,8 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, HINDI, PE, PRIMING, SMALL_PRIMING, SMALL_TUNING, START, TUNING, TYPES, command, moved,
-    read_lines, tensors,
+    DEMO, HERE, HINDI, PE, PRIMING, SMALL_PRIMING, SMALL_TUNING, START, TAGS, TUNING, TYPES, command, moved,
+    read_results, tensors,
 )
 
 import adapters
@@ -41,13 +41,8 @@ def shapes(tensors):
 def parameters_of(pe):
     """θp and θa by their names in a BERT of two layers: what the files on disk are held to."""
     pretrained = set(theta_p())
-    linear = [name.removesuffix(".weight") for name in pretrained if name.endswith("query.weight")]
-    linear += [name.removesuffix(".weight") for name in pretrained if name.endswith("value.weight")]
     theta_a = {
-        "houlsby": {f"adapters.{k}.{part}.{kind}" for k in range(6) for part in ("down", "up")
-                    for kind in ("weight", "bias")},
         "bitfit": {name for name in pretrained if name.endswith("bias")},
-        "lora": {f"{name}.lora_{part}.default.weight" for name in linear for part in "AB"},
     }[pe]
     return pretrained, theta_a
 
@@ -80,7 +75,7 @@ def test_row_updates_exactly_its_parameters(row, table):
     assert shapes(tuned) == expected
     updated = sum(map(math.prod, expected.values()))
     frozen = 0 if row == 1 else sum(p.numel() for p in pretrained.values())
-    line = read_lines(folder / "results.jsonl")[0]
+    line = read_results(folder / "results")[0]
     assert (line["updated"], line["parameters"]) == (updated, updated + frozen)
     assert line["share"] == updated / (updated + frozen)
     if row == 1:
@@ -114,7 +109,7 @@ def test_each_pe_method_is_primed_tuned_saved_and_loaded(pe, tmp_path):
     from transformers import AutoModel
 
     pretrained, theta_a = parameters_of(pe)
-    base, plain = [*HINDI, *SMALL_TUNING, "--results", tmp_path / "r.jsonl"], tensors("demo/encoder")
+    base, plain = [*HINDI, *SMALL_TUNING, "--results", tmp_path / "r"], tensors("demo/encoder")
     for method in ("meta", "ft"):
         output = tmp_path / method
         flags = [*SMALL_PRIMING, "--pe", pe, "--method", method, "--output", output]
@@ -131,10 +126,10 @@ def test_each_pe_method_is_primed_tuned_saved_and_loaded(pe, tmp_path):
             tuned = tensors(tmp_path / f"{method}-tuned/hi-{seed}", "tuned.safetensors")
             assert tuned.keys() == {*theta_a, *THETA_H} and moved(primed, tuned) == theta_a
         command("finetune.py", *base, "--load", tmp_path / f"{method}-tuned/hi-1")
-        _, tuned_line, again = read_lines(tmp_path / "r.jsonl")[-3:]
+        _, tuned_line, again = read_results(tmp_path / "r")[-3:]
         assert again["f1"] == tuned_line["f1"] and again["updated"] == sum(p.numel() for p in tuned.values())
     command("finetune.py", *base, *START, "--pe", pe, "--bottleneck", 8)
-    assert read_lines(tmp_path / "r.jsonl")[-1]["updated"] == again["updated"]
+    assert read_results(tmp_path / "r")[-1]["updated"] == again["updated"]
 
 
 @pytest.mark.parametrize("pe", PE)
@@ -147,7 +142,7 @@ def test_second_order_runs_from_the_command_and_gives_another_theta(pe, tmp_path
 @pytest.mark.parametrize(
     "method, pe, more",
     [("meta", "adapter", []), ("maml", "adapter", ["--second-order"]), ("ft", "adapter", []),
-     ("meta", "bitfit", ["--second-order"]), ("meta", "houlsby", [])],
+     ("meta", "bitfit", ["--second-order"])],
 )
 def test_flags_reach_algorithm_1_and_dropout_is_on_in_ft_priming(method, pe, more, monkeypatch, tmp_path):
     seen = Namespace(tasks=[])
@@ -190,6 +185,7 @@ def test_dropout_is_on_in_full_fine_tuning_alone_and_off_in_scoring(tune, demo, 
     )
     owner, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), {}, 0, demo[2][:8])
     finetune.tune(args, owner.double(), tuned, demo[2][:8], 0)
+    finetune.predict(owner, demo[2][:8], TAGS)
     assert modes == {tune == "full"} and not any(module.training for module in owner.modules())
 
 
@@ -202,7 +198,7 @@ def test_features_are_computed_once_where_theta_p_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(adapters.Tagger, "encode", spy)
     monkeypatch.setattr(adapters.Tagger, "choose_packing", lambda *given: None)
-    base = [*HINDI, *SMALL_TUNING, *START, "--seeds", 0, 1, "--results", tmp_path / "r.jsonl"]
+    base = [*HINDI, *SMALL_TUNING, *START, "--seeds", 0, 1, "--results", tmp_path / "r"]
     for tune in ("adapter", "head"):
         encoded.clear()
         command("finetune.py", *base, "--tune", tune)
@@ -223,7 +219,7 @@ def test_same_seed_same_bytes_another_seed_others(table, primed, tmp_path):
         command("prime.py", *DEMO, *SMALL_PRIMING, "--seed", seed, "--output", tmp_path / str(seed))
     first, again, other = (priming_bytes(folder) for folder in (primed, tmp_path / "0", tmp_path / "1"))
     assert first == again and all(a != b for a, b in zip(first, other))
-    outputs = ["--results", tmp_path / "results.jsonl", "--save", tmp_path]
+    outputs = ["--results", tmp_path / "results", "--save", tmp_path]
     command("finetune.py", *HINDI, *SMALL_TUNING, *TUNING[3], *outputs)
     folders = (tmp_path / "hi-0", *sorted((table[3][0] / "tuned").iterdir()))
     again, seed_0, seed_1 = ((folder / "tuned.safetensors").read_bytes() for folder in folders)
@@ -232,7 +228,7 @@ def test_same_seed_same_bytes_another_seed_others(table, primed, tmp_path):
 
 def test_results_have_every_setting_and_the_table_its_means(table):
     folder, stdout = table[4]
-    lines = read_lines(folder / "results.jsonl")
+    lines = read_results(folder / "results")
     runs = [(line["target"], line["seed"], line["seeds"], line["tune"]) for line in lines]
     assert runs == [("hi", 0, [0], "adapter"), ("hi", 1, [1], "adapter")]
     told = {
@@ -241,7 +237,7 @@ def test_results_have_every_setting_and_the_table_its_means(table):
         "max_length": 128, "data": "demo/wikiann", "types": TYPES,
         "priming": json.loads((folder / "primed/priming.json").read_text()),
     }
-    scores = {"f1", "precision", "recall", *(f"f1_{name}" for name in TYPES)}
+    scores = {"f1", "precision", "recall"}
     assert all(told.items() <= line.items() and scores <= line.keys() for line in lines)
     f1 = [line["f1"] for line in lines]
     row = ["hi", f"{statistics.mean(f1):.2f}", f"{statistics.stdev(f1):.2f}", "2"]
@@ -251,9 +247,9 @@ def test_results_have_every_setting_and_the_table_its_means(table):
 def test_one_seed_has_no_spread_and_no_nan(tmp_path):
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
     shutil.copytree("demo/wikiann/af", tmp_path / "data/af")
-    flags = ["--data", tmp_path / "data", *SMALL_TUNING, *START, "--results", tmp_path / "r.jsonl"]
+    flags = ["--data", tmp_path / "data", *SMALL_TUNING, *START, "--results", tmp_path / "r"]
     stdout = command("finetune.py", "--tgt", "hi", "af", *flags).stdout
-    f1 = [f"{line['f1']:.2f}" for line in read_lines(tmp_path / "r.jsonl")]
+    f1 = [f"{line['f1']:.2f}" for line in read_results(tmp_path / "r")]
     rows = [line.split() for line in stdout.splitlines()[-2:]]
     assert rows == [["hi", f1[0], "-", "1"], ["af", f1[1], "-", "1"]] and "nan" not in stdout.lower()
 
@@ -263,7 +259,7 @@ def test_few_sentences_get_the_epochs_that_make_the_steps(tmp_path):
     tuned = []
     for epochs, steps in ((2, 0), (1, 3), (1, 2)):  # an epoch of 30 sentences has two steps
         name = f"{epochs}-{steps}"
-        outputs = ["--save", tmp_path / name, "--results", tmp_path / f"{name}.jsonl"]
+        outputs = ["--save", tmp_path / name, "--results", tmp_path / f"{name}"]
         command("finetune.py", *base, "--epochs", epochs, "--min-steps", steps, *outputs)
         tuned.append(tensors(tmp_path / name / "hi-0", "tuned.safetensors"))
     four, three_at_least, two = tuned
@@ -286,10 +282,10 @@ def test_split_chooses_what_is_scored(table, tmp_path):
     """The validation split under the name of the test split has the same score; the test split another."""
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
     shutil.copy("demo/wikiann/hi/validation.txt", tmp_path / "data/hi/test.txt")
-    flags = ["--tgt", "hi", "--load", table[4][0] / "tuned/hi-1", "--results", tmp_path / "r.jsonl"]
+    flags = ["--tgt", "hi", "--load", table[4][0] / "tuned/hi-1", "--results", tmp_path / "r"]
     command("finetune.py", *flags, "--data", "demo/wikiann", "--split", "validation")
     command("finetune.py", *flags, "--data", tmp_path / "data")
     command("finetune.py", *flags, "--data", "demo/wikiann")
-    lines = read_lines(tmp_path / "r.jsonl")
+    lines = read_results(tmp_path / "r")
     validation, renamed, test = ((line["f1"], line["test_sentences"]) for line in lines)
     assert validation == renamed != test

@@ -1,11 +1,10 @@
 """The examples that carry what was tuned to text and to other tools."""
 
-import shutil
 import sys
 
 import pytest
 import torch
-from conftest import DEMO, EXTRA, HINDI, SMALL_PRIMING, SMALL_TUNING, START, command
+from conftest import DEMO, EXTRA, HINDI, SMALL_PRIMING, SMALL_TUNING, START, command, read_results
 
 import adapters
 import finetune
@@ -16,16 +15,16 @@ TEXT = "Delhi is a city .\n\n  zxq\u0301 \U0001f600 दिल्ली\tम\u200
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A pair tuned by each --tune, and by LoRA."""
+    """A pair tuned by each --tune."""
     root = tmp_path_factory.mktemp("tuned")
     for tune in ("adapter", "head", "full"):
         command("finetune.py", *HINDI, *START, *SMALL_TUNING, "--tune", tune, "--save", root / tune,
-                "--results", root / "results.jsonl")
+                "--results", root / "results")
     return root
 
 
 def model_of(folder):
-    """What finetune.py loads for `--load`, or for `--init` where prime.py wrote the folder."""
+    """What finetune.py loads."""
     argv, sys.argv = sys.argv, ["finetune.py", "--tgt", "-", *map(str, folder)]
     try:
         args = finetune.parse_arguments()
@@ -79,28 +78,45 @@ def test_transformers_loads_what_was_exported_and_scores_alike(tune, tuned, tmp_
     assert {found["entity"] for found in tagger("Delhi is here")} <= {*whole.config.id2label.values()}
 
 
+def test_predictions_of_a_split_have_the_score_that_finetune_tells(tuned, tmp_path):
+    """Counted by seqeval in its own words: the columns are gold and predicted."""
+    from seqeval.metrics import f1_score
+
+    command("finetune.py", *HINDI, "--load", tuned / "full/hi-0", "--results", tmp_path)
+    (line,) = read_results(tmp_path)
+    told = command("examples/tag.py", tuned / "full/hi-0", "--gold", "demo/wikiann", "hi", "test").stdout
+    blocks = [[row.split("\t") for row in block.split("\n")] for block in told.strip("\n").split("\n\n")]
+    _, gold, found = zip(*(zip(*block) for block in blocks))
+    assert 100 * f1_score([*map(list, gold)], [*map(list, found)]) == pytest.approx(line["f1"])
+
+
 @EXTRA
-def test_peft_loads_what_was_exported_of_lora(tmp_path):
+def test_peft_loads_what_was_primed_for_lora(monkeypatch, tmp_path):
+    """With the features of the model that was primed; both θp and θa have moved."""
     import peft
     import transformers
 
-    command("prime.py", *DEMO, *SMALL_PRIMING, "--pe", "lora", "--output", tmp_path / "primed")
-    flags = [*HINDI, *SMALL_TUNING, "--init", tmp_path / "primed"]
-    command("finetune.py", *flags, "--save", tmp_path, "--results", tmp_path / "r.jsonl")
+    primed, saved = [], peft.PeftModel.save_pretrained
     ids = torch.arange(10, 40)[None]
-    for source in (["--init", tmp_path / "primed"], ["--load", tmp_path / "hi-0"]):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        command("examples/export.py", source[1], tmp_path / "out")
-        base = transformers.AutoModel.from_pretrained(tmp_path / "primed")
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-        ours, _ = model_of(source)
-        expected = ours.encoder(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(theirs(input_ids=ids).last_hidden_state, expected, rtol=0, atol=1e-6)
+
+    def spy(self, folder, **more):
+        primed.append(self(input_ids=ids).last_hidden_state.detach().clone())
+        saved(self, folder, **more)
+
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", spy)
+    command("examples/lora.py", *DEMO, *SMALL_PRIMING, "--outer-lr", 1e-3, "--output", tmp_path / "primed")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "primed")
+    pretrained = transformers.AutoModel.from_pretrained("demo/encoder")
+    plain, before = (model(input_ids=ids).last_hidden_state for model in (base, pretrained))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "primed/lora").eval()
+    found = theirs(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, primed[0], rtol=0, atol=1e-6)
+    assert (found - plain).abs().max() > 1e-5 and (plain - before).abs().max() > 1e-3
 
 
 def test_what_no_other_tool_has_a_class_for_is_refused(tuned, tmp_path):
     (line,) = command("examples/export.py", tuned / "adapter/hi-0", tmp_path / "out", status=2).stderr.splitlines()
-    assert "no other tool has a class" in line and not (tmp_path / "out").exists()
+    assert "transformers has no class" in line and not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (line,) = command("examples/export.py", tuned / "head/hi-0", tmp_path / "mine", status=2).stderr.splitlines()
     assert "mine: FileExistsError" in line

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import DEMO, EXTRA, HERE, PE, command, folder_of, moved, random_encoder, read_lines
+from conftest import DEMO, EXTRA, HERE, PE, command, folder_of, moved, random_encoder, read_results
 
 import adapters
 from test_prime import IN_THETA_A
@@ -131,12 +131,12 @@ def test_the_example_primes_an_mlp_for_sine_waves():
 def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
     """The README's first command. The demo was built to show it: this tests the code, not the method."""
     command("prime.py", "--src", "en", "es", *DEMO, "--steps", 400, "--output", tmp_path / "primed")
-    seeds = ["--seeds", *range(5), "--results", tmp_path / "results.jsonl"]
+    seeds = ["--seeds", *range(5), "--results", tmp_path / "results"]
     base = ["--tgt", "hi", "--data", "demo/wikiann", *seeds]
     command("finetune.py", *base, "--init", "none", "--model", "demo/encoder")
     command("finetune.py", *base, "--init", tmp_path / "primed")
     scores = {}
-    for line in read_lines(tmp_path / "results.jsonl"):
+    for line in read_results(tmp_path / "results"):
         scores.setdefault(line["seed"], []).append(line["f1"])
     assert len(scores) == 5 and all(primed - plain >= 10 for plain, primed in scores.values()), scores
 
@@ -199,7 +199,7 @@ def test_table_1_is_what_its_runs_found(monkeypatch, tmp_path):
     command("benchmarks/table1.py", *flags, "--steps", 3, status=2)
     f1 = {}
     for row in (1, 3, 4, 5):
-        lines = read_lines(tmp_path / f"t/row-{row}/official.jsonl")
+        lines = read_results(tmp_path / f"t/row-{row}/official")
         f1[row] = {(line["target"], line["seed"]): line["f1"] for line in lines}
     assert [len(of_row) for of_row in f1.values()] == [2, 4, 4, 4]  # nothing twice
 
@@ -215,6 +215,6 @@ def test_table_1_is_what_its_runs_found(monkeypatch, tmp_path):
     shares = {(t, s): 100 * (f1[4][t, s] - low[t]) / (f1[1][t, 0] - low[t]) for t, s in f1[4]}
     assert ["Meta Priming → AT", *cells(shares, 0)] in rows
     assert "hi: 7 of 40 test sentences are training sentences too" in told[0]
-    lines = read_lines(tmp_path / "t/row-4/distinct.jsonl")
+    lines = read_results(tmp_path / "t/row-4/distinct")
     assert [(line["target"], line["seed"], line["test_sentences"]) for line in lines] == [("hi", 0, 33)]
     assert ["4 Meta Priming → AT", *2 * [f"{lines[0]['f1'] - f1[4]['hi', 0]:.2f}"]] in rows

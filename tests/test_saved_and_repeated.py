@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from conftest import (
-    DEMO, HERE, HINDI, SMALL_PRIMING, SMALL_TUNING, START, TUNING, command, contents, read_lines, tensors,
+    DEMO, HERE, HINDI, SMALL_PRIMING, SMALL_TUNING, START, TUNING, command, contents, read_results, tensors,
 )
 from safetensors.torch import save_file
 
@@ -14,9 +14,9 @@ def test_a_saved_pair_scores_the_same_without_training_data(row, table, tmp_path
     folder, _ = table[row]
     ignored = shutil.ignore_patterns("train.txt")
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=ignored)
-    flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / "again.jsonl"]
+    flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / "again"]
     command("finetune.py", "--tgt", "hi", "--data", tmp_path / "data", *flags)
-    (again,), (_, line) = read_lines(tmp_path / "again.jsonl"), read_lines(folder / "results.jsonl")
+    (again,), (_, line) = read_results(tmp_path / "again"), read_results(folder / "results")
     same = ("f1", "precision", "recall", "updated", "share", "tune", "pe", "weights", "priming", "seed")
     assert {name: again[name] for name in same} == {name: line[name] for name in same}
 
@@ -30,19 +30,19 @@ def moved_together(table, tmp_path):
         patch.chdir(HERE)
         original = table[4][0].rename(table[4][0].with_name("away"))
         yield tmp_path / "new", ["--tgt", "hi", "--data", "demo/wikiann", "--limit-test", 30,
-                                 "--results", tmp_path / "again.jsonl"]
+                                 "--results", tmp_path / "again"]
         original.rename(table[4][0])
 
 
 def test_a_saved_pair_is_found_again_after_it_has_moved_with_its_base(moved_together, table, tmp_path):
     folder, flags = moved_together
     command("finetune.py", *flags, "--load", folder / "tuned/hi-0")
-    f1 = read_lines(folder / "results.jsonl")[0]["f1"]
+    f1 = read_results(folder / "results")[0]["f1"]
     (folder / "tuned").rename(tmp_path / "tuned")
     told = command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", status=2).stderr
     assert len(told.splitlines()) == 1 and str(table[4][0] / "primed") in told
     command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", "--init", folder / "primed")
-    lines = read_lines(tmp_path / "again.jsonl")
+    lines = read_results(tmp_path / "again")
     assert [line["f1"] for line in lines] == len(lines) * [f1]
 
 
@@ -53,14 +53,14 @@ def test_a_base_that_has_changed_is_refused(table, moved_together, tmp_path):
     save_file(weights, folder / "primed/model.safetensors", {"format": "pt"})
     done = command("finetune.py", *flags, "--load", folder / "tuned/hi-0", status=2)
     (line,) = done.stderr.splitlines()
-    assert f"is not what {folder}/tuned/hi-0 was tuned on: name that by --init" in line
+    assert f"is not what {folder}/tuned/hi-0 was tuned on: give --init" in line
     other = ["--load", folder / "tuned/hi-0", "--init", table[7][0] / "primed"]
     (line,) = command("finetune.py", *flags, *other, status=2).stderr.splitlines()
-    assert "was tuned on" in line and not (tmp_path / "again.jsonl").exists()
+    assert "was tuned on" in line and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
-    "flags", [["--model", "demo"], ["--pe", "houlsby"], ["--bottleneck", 9]], ids=lambda flags: flags[0]
+    "flags", [["--model", "demo"], ["--pe", "bitfit"], ["--bottleneck", 9]], ids=lambda flags: flags[0]
 )
 def test_a_flag_that_the_folder_decides_is_refused(flags, table, primed, tmp_path):
     for folder in (["--init", primed], ["--load", table[4][0] / "tuned/hi-0"]):
@@ -86,7 +86,7 @@ def test_the_same_commands_twice_do_nothing_more(table, primed):
     before = contents(folder)
     flags = [*DEMO, *SMALL_PRIMING, "--output", primed]
     assert command("prime.py", *flags).stdout.splitlines()[-1] == f"{primed} is complete"
-    outputs = ["--results", folder / "results.jsonl", "--save", folder / "tuned", "--seeds", 0, 1]
+    outputs = ["--results", folder / "results", "--save", folder / "tuned", "--seeds", 0, 1]
     done = command("finetune.py", *HINDI, *SMALL_TUNING, "--init", primed, *outputs)
     first, second, *told = done.stdout.splitlines()
     assert [first, second] == ["hi seed 0: done before", "hi seed 1: done before"]
@@ -101,14 +101,14 @@ def test_a_run_on_other_data_weights_or_settings_is_another_run(tmp_path):
     for split in ("train", "test", "validation"):
         (tmp_path / "data/hi").mkdir(parents=True, exist_ok=True)
         shutil.copy(f"demo/wikiann/hi/{split}.txt", tmp_path / "data/hi")
-    results = tmp_path / "r.jsonl"
+    results = tmp_path / "r"
     flags = ["--tgt", "hi", "--init", "none", "--model", tmp_path / "encoder", "--data", tmp_path / "data"]
     flags += [*SMALL_TUNING, "--results", results]
 
     def runs_again(*more):
-        count = len(read_lines(results)) if results.exists() else 0
+        count = len(read_results(results))
         done = command("finetune.py", *flags, *more)
-        again = len(read_lines(results)) - count
+        again = len(read_results(results)) - count
         assert again in (0, 1) and again == 1 - ("done before" in done.stdout)
         return bool(again)
 
@@ -129,22 +129,22 @@ def test_a_run_on_other_data_weights_or_settings_is_another_run(tmp_path):
 
 
 def test_a_folder_and_results_that_disagree_are_refused(tmp_path):
-    results, save = tmp_path / "r.jsonl", ["--save", tmp_path / "tuned"]
+    results, save = tmp_path / "r", ["--save", tmp_path / "tuned"]
     flags = [*HINDI, *SMALL_TUNING, *START, "--results", results]
     command("finetune.py", *flags)
     (line,) = command("finetune.py", *flags, *save, status=2).stderr.splitlines()  # a line without a folder
-    assert f"{tmp_path}/tuned/hi-0, {results}: only one has this run" in line
-    assert not (tmp_path / "tuned").exists() and len(read_lines(results)) == 1
+    assert f"{tmp_path}/tuned/hi-0, {results}/hi-0-" in line and line.endswith("only one is there")
+    assert not (tmp_path / "tuned").exists() and len(read_results(results)) == 1
     command("finetune.py", *flags, "--lr", 1e-2, *save)
     before = contents(tmp_path)
     (line,) = command("finetune.py", *flags, "--lr", 2e-2, *save, status=2).stderr.splitlines()
-    assert "only one has this run" in line and contents(tmp_path) == before  # a folder of another run
+    assert "only one is there" in line and contents(tmp_path) == before  # a folder of another run
 
 
 def test_results_of_loading_are_not_taken_for_training(table, tmp_path):
     """Nor the other way round: a line of scoring does not stand for a run of the same seed."""
-    base = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path / "r.jsonl"]
+    base = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path / "r"]
     command("finetune.py", *HINDI, "--load", table[3][0] / "tuned/hi-0", "--limit-test", 30,
-            "--results", tmp_path / "r.jsonl")
+            "--results", tmp_path / "r")
     assert "done before" not in command("finetune.py", *base).stdout
-    assert len(read_lines(tmp_path / "r.jsonl")) == 2
+    assert len(read_results(tmp_path / "r")) == 2

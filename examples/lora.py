@@ -1,0 +1,54 @@
+"""Priming for LoRA (Hu et al. 2022) as peft has it, with the flags of prime.py; --bottleneck is its rank.
+
+    python examples/lora.py --model demo/encoder --data demo/wikiann --steps 400 --output primed-lora
+
+leaves θp* as `AutoModel` reads it, and in its folder lora/ θa* in peft's own format. Go on with
+
+    PeftModel.from_pretrained(AutoModel.from_pretrained("primed-lora"), "primed-lora/lora", is_trainable=True)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import adapters
+import prime
+
+
+def main() -> None:
+    args = prime.parse_arguments()
+    try:
+        import peft
+    except ImportError:
+        raise prime.BadInput("LoRA needs peft: pip install peft==0.21.2") from None
+    torch.manual_seed(args.seed)
+    with prime.blaming(args.output):
+        args.output.mkdir(parents=True)
+    encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
+    least = args.support + args.query
+    corpora = [prime.load(args, tokenizer, language, "train", least) for language in args.src]
+    config = peft.LoraConfig("FEATURE_EXTRACTION", r=args.bottleneck, lora_alpha=2 * args.bottleneck)
+    lora = peft.get_peft_model(encoder, config)
+    model = adapters.Tagger(lora, len(prime.tag_names(args.types)), None).to(args.device).eval()
+    model.choose_packing(sum(corpora, []))
+    model.requires_grad_()  # peft froze θp, which line 9 moves
+    theta_p, _, theta_h = model.sets()
+    theta_a = {name: theta_p.pop(name) for name in [*theta_p] if ".lora_" in name}
+    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
+    steps = prime.prime(
+        model, theta_p, theta_a, theta_h, prime.sample_batches(corpora, args), prime.tag_loss, optimizer,
+        schedule, inner_lr=args.inner_lr, inner_steps=args.inner_steps,
+    )
+    for query_losses in tqdm(steps, "priming", args.steps, disable=None):
+        last = sum(query_losses)
+    lora.save_pretrained(args.output / "lora")
+    tokenizer.save_pretrained(args.output)
+    lora.unload().save_pretrained(args.output)
+    print(f"{args.output}: query loss {last:.3f}")
+
+
+if __name__ == "__main__":
+    prime.run(main)
