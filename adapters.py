@@ -37,9 +37,9 @@ class Adapter(nn.Module):
 
 
 class Tagger(nn.Module):
-    """An encoder, a head of `num_tags` classes, and θa of a kind of §3.1: additional parameters
-    ("adapter": an `Adapter` on top), a small subset of the encoder's ("bitfit": its biases, Ben Zaken
-    et al. 2022), or None. The head starts as BERT's own do: normal with std 0.02, zero bias. A pooler
+    """An encoder, a head of `num_tags` classes, and θa as §3.1 has it: additional parameters (`pe` is
+    "adapter": on top), a small subset of the encoder's ("bitfit": its biases, Ben Zaken et al. 2022),
+    or none (None). The head starts as BERT's own do: normal with std 0.02, zero bias. A pooler
     cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted."""
 
     def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter", bottleneck: int = 64):
@@ -58,14 +58,14 @@ class Tagger(nn.Module):
         """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
         theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
         theta_h = {n: theta.pop(n) for n in [*theta] if n.startswith("head.")}
-        kind = "*bias" if self.pe == "bitfit" else "adapter.*"
-        theta_a = {n: theta.pop(n) for n in [*theta] if fnmatch(n, kind)}
+        pattern = "*bias" if self.pe == "bitfit" else "adapter.*"
+        theta_a = {n: theta.pop(n) for n in [*theta] if fnmatch(n, pattern)}
         return theta, theta_a, theta_h
 
     @torch.no_grad()
     def choose_packing(self, sentences: Sequence[Sentence]) -> None:
-        """Packs from now on, if the shortest and longest of `sentences` have the features then that
-        they have alone. Raises ValueError if even a padded row of its own changes those of one."""
+        """From now on packs, if packed the shortest and the longest of `sentences` keep the features
+        that they have alone. Raises ValueError if even a batch of them, padded, changes those."""
         probe = [choose(sentences, key=lambda s: len(s.pieces)) for choose in (min, max)]
         alone = torch.cat([self.encode([s])[0].features for s in probe])
         after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
@@ -94,8 +94,8 @@ class Tagger(nn.Module):
             owner, pieces, positions, is_first = padded.unbind(-1)  # [rows, length]
             where = {"attention_mask": (owner >= 0).long()}
             if self.first_position is not None:
-                others = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
-                where["attention_mask"] = others.to(dtype) * torch.finfo(dtype).min
+                apart = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
+                where["attention_mask"] = apart.to(dtype) * torch.finfo(dtype).min
                 where["position_ids"] = positions.clamp(min=0) + self.first_position
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = self.encoder(pieces.clamp(min=0), **where).last_hidden_state.to(dtype)

@@ -29,9 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     flag = parser.add_argument
     flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
-    flag("--init", default="primed", help="folder of prime.py, or none: --model as it is")
+    flag("--init", default="primed", help="folder of prime.py; none (rows 1 to 3): --model")
     flag("--epochs", type=int, default=10, help="passes over the sentences")
-    flag("--min-steps", type=int, default=0, metavar="N", help="epochs more, up to N steps")
+    flag("--min-steps", type=int, default=0, metavar="N", help="more epochs, for N steps at least")
     flag("--lr", type=float, default=3e-3, help="of AdamW, falling to 0")
     flag("--batch-size", type=int, default=16, help="sentences")
     flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
@@ -136,7 +136,7 @@ def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, dict]:
 
 
 def tune(args, model: Tagger, tuned: dict, sentences: list[Sentence], seed: int) -> None:
-    """Moves `tuned`: without inner steps a meta step is a step of plain fine-tuning (§5.2)."""
+    """Moves `tuned`, as `theta_p`: without inner steps Algorithm 1 is plain fine-tuning (§5.2)."""
     size, batches, epoch = args.batch_size, [], 0
     while epoch < args.epochs or len(batches) < args.min_steps:
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))

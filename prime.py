@@ -35,24 +35,24 @@ def prime(
     """Algorithm 1 as a generator: each turn of the caller's loop is one meta step, which moves θ in
     place and gives the query losses of its tasks. A call that nobody iterates does nothing.
 
-    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())`, all of which
-        require gradients. A parameter in none of them is a constant.
+    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require gradients
+        (theta_p is §3.1's θp without θa). A parameter in none of them is a constant.
     batches: each is a list of tasks; a task is a pair of support and query set, in any form that
         `loss` takes. They end, or the caller breaks the loop, when θ has "converged".
-    loss: L(f, D), a scalar. It calls `f(...)` where it would call `model(...)`.
+    loss: L_Ti(f, D), a scalar, one function for all tasks. It calls `f(...)`, never `model(...)`.
     optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
-    inner_lr, inner_steps: α and S. maml: the paper's ablation, in which θi has a θp too.
-    second_order: the exact meta-gradient; else dθi/dθ counts as the identity (§4.2). Fused attention
-        has no second derivative and raises RuntimeError: take "eager".
+    inner_lr, inner_steps: α and S. maml: the red line, which moves θi_p too (the paper's ablation).
+    second_order: the exact meta-gradient; else line 4's `clone` alone ties θi to θ: dθi/dθ = 1 (§4.2).
+        Unless hoisted, f then needs attn_implementation="eager": fused attention raises RuntimeError.
     hoist: gives back the support, or the query, sets of all tasks with f(x; θp) in the place of x.
         Exact where θa and θh come after all of θp, without dropout there. Not used with `maml`.
 
-    Call `model.eval()` before. Raises ValueError as `check` says, which cannot see activations that
-    your own code checkpoints: they would be recomputed with θ in the place of θi.
+    Call `model.eval()` before, unless `inner_steps` is 0. Raises ValueError as `check` says; that does
+    not see checkpointing in your own code, which would recompute activations with θ and not θi.
     """
     check(model, [theta_p, theta_a, theta_h], optimizer, inner_steps)
     outer = [*theta_p.values(), *theta_a.values()]
-    inner = {**theta_a, **theta_h, **(theta_p if maml else {})}  # what line 6 moves; θp: the red line
+    inner = {**theta_a, **theta_h, **(theta_p if maml else {})}  # line 6's; θp: the red line
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks)
@@ -67,8 +67,8 @@ def prime(
                 gradient = gradient_of(loss(at(model, theta_i), support), theta_i, second_order)
                 theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6
             # 7: end for
-            query_losses.append(loss(at(model, theta_i), query))  # for line 9
-            theta_1 = theta_1 or theta_i  # the first task's
+            query_losses.append(loss(at(model, theta_i), query))  # 9's L_Ti
+            theta_1 = theta_1 or theta_i  # 9's θ1
         # 8: end for
         optimizer.zero_grad()
         sum(query_losses).backward(inputs=outer)  # 9: ∇ of the sum over tasks
@@ -78,7 +78,7 @@ def prime(
         schedule.step()
         for name, parameter in theta_h.items():
             parameter.data.copy_(theta_1[name])  # 9: θh = θ1_h
-        torch.clear_autocast_cache()  # a caller's autocast would keep casts of the θp that was
+        torch.clear_autocast_cache()  # or a caller's autocast would reuse the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
     return theta_p, theta_a  # 11: they were moved in place
@@ -105,7 +105,7 @@ def support_and_query_sets(tasks: Iterable[tuple[Batch, Batch]]) -> Iterable[Seq
 
 
 def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Any, inner_steps: int):
-    """Raises ValueError, with the name and the mend, for what would go wrong in silence."""
+    """Raises ValueError, with the name and the remedy, for what would go wrong in silence."""
     own = dict(model.named_parameters(remove_duplicate=False))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     in_theta = [id(p) for theta in sets for p in theta.values()]
@@ -122,13 +122,13 @@ def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Any, inner_st
     if inner_steps and not sets[2]:
         raise ValueError("θh is empty: name the head, which line 6 moves")
     for name, module in model.named_modules():
-        wrapped = type(module).__name__ == "CheckpointWrapper"  # torch's, or transformers' flag
+        wrapped = type(module).__name__ == "CheckpointWrapper"  # torch's
         if wrapped or getattr(module, "gradient_checkpointing", False):
             raise ValueError(f"{name}: checkpointing recomputes with θ for θi: turn it off")
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, steps: int) -> tuple[Any, LRScheduler]:
-    """AdamW (Loshchilov and Hutter 2019); its rate falls linearly from `lr` to zero."""
+    """AdamW (Loshchilov and Hutter 2019), weight decay 0.01 (paper: not said); its rate falls to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
@@ -153,9 +153,9 @@ def tag_names(types: Sequence[str]) -> list[str]:
 
 
 def read_split(data: str, language: str, split: str, types: Sequence[str]) -> list[tuple[list, list]]:
-    """The sentences of a split as words and numbers of tags. `data` is a hub name or a folder with, for
-    each language, `train.txt` with the word first and the tag last in a line, the original archives'
-    `train` with `language:` before each word, or parquet files. Raises BadInput with the place."""
+    """The sentences of a split: words and tag numbers. `data` is a hub name, or a folder with one for each
+    language that has `train.txt` (word first, tag last in a line), the archives' `train` (`language:`
+    before each word), or parquet files. Raises BadInput with the place."""
     folder, tags, prefix = Path(data) / language, tag_names(types), f"{language}:"
     text, archive = folder / f"{split}.txt", folder / {"validation": "dev"}.get(split, split)
     tokens = [*read_tokens(text if text.is_file() else archive, data, language, split)]
@@ -177,7 +177,7 @@ def read_split(data: str, language: str, split: str, types: Sequence[str]) -> li
 
 
 def read_tokens(file: Path, data: str, language: str, split: str) -> Iterator[tuple[str, Any, Any]]:
-    """Place, word and tag of a file, or else of the hub's tables; both are empty between sentences.
+    """Place, word and tag of a file, or of parquet or hub tables; both are empty between sentences.
     The columns of a file are parted by tabs or blanks; a number that no ClassLabel names stays one."""
     if file.is_file():
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -208,7 +208,7 @@ def read_tokens(file: Path, data: str, language: str, split: str) -> Iterator[tu
 
 
 def load(args, tokenizer, language: str, split: str, least: int = 1) -> list[Any]:
-    """The sentences of a split in word pieces; for training, those that have one."""
+    """The sentences of a split in word pieces; for training, only those that have a piece."""
     from adapters import tokenize
 
     limit = args.limit_train if split == "train" else args.limit_test
@@ -218,7 +218,7 @@ def load(args, tokenizer, language: str, split: str, least: int = 1) -> list[Any
         if split == "train":
             sentences = [sentence for sentence in sentences if max(sentence.first) >= 0]
         if len(sentences) < least:
-            raise ValueError(f"{len(sentences)} sentences with a word piece, of {least}")
+            raise ValueError(f"{len(sentences)} sentences with a word piece, {least} needed")
     return sentences
 
 
@@ -251,10 +251,10 @@ def parse_arguments() -> argparse.Namespace:
     flag("--inner-lr", type=float, default=0.03, help="α of SGD; paper: 0.03")
     flag("--outer-lr", type=float, default=5e-5, help="β of AdamW, falling to 0; paper: 5e-5")
     flag("--steps", type=int, default=1000, help="meta steps; paper: not said")
-    flag("--tasks", type=int, default=2, help="in a batch; paper: not said")
-    flag("--support", type=int, default=16, help="of a task; paper: not said")
+    flag("--tasks", type=int, default=2, help="of a batch; paper: not said")
+    flag("--support", type=int, default=16, help="sentences of a task; paper: not said")
     flag("--query", type=int, default=16, help="sentences of a task; paper: not said")
-    flag("--second-order", action="store_true", help="exact; paper: first-order")
+    flag("--second-order", action="store_true", help="exact meta-gradient; paper: first-order")
     flag("--seed", type=int, default=0, help="of initialisation and sampling")
     flag("--save-every", type=int, default=100, metavar="N", help="steps between checkpoints")
     flag("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
@@ -274,14 +274,14 @@ def main() -> None:
     corpora = [load(args, tokenizer, language, "train", least) for language in args.src]
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
-    with torch.no_grad():  # a step on the head changes its scores by about α‖f(x)‖²
+    with torch.no_grad():  # a head step changes scores by about that
         features = torch.cat([s.features for s in model.encode(corpora[0][:100])])
         square = features.square().sum(-1).mean()
     print(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
     if args.second_order and (args.method == "maml" or args.pe != "adapter"):
-        encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
+        encoder.set_attn_implementation("eager")  # fused: no second derivative
     (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
-    if args.method == "ft":  # §5.2: without inner steps a meta step is plain fine-tuning
+    if args.method == "ft":  # §5.2: no inner steps; AdamW moves θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
     outer = [*theta_p.values(), *theta_a.values()]
@@ -292,7 +292,7 @@ def main() -> None:
         model, theta_p, theta_a, theta_h, sample_batches(corpora, args, len(losses)), tag_loss,
         optimizer, schedule, inner_lr=args.inner_lr, inner_steps=inner_steps,
         maml=args.method == "maml", second_order=args.second_order,
-        hoist=model.hoist if args.pe == "adapter" else None,  # else f changes with θi
+        hoist=model.hoist if args.pe == "adapter" else None,  # bitfit: θa is inside f
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=None)
     for step, query_losses in enumerate(bar, start=len(losses) + 1):
@@ -309,7 +309,7 @@ def main() -> None:
 
 
 def build(args, pe, encoder, sentences):
-    """The model; it packs sentences where that is exact."""
+    """The model; sentences share rows of its encoder's input (`Tagger.encode`) where that is exact."""
     from adapters import Tagger
 
     with blaming(f"--pe {pe}, --device {args.device}"):
@@ -322,7 +322,7 @@ def build(args, pe, encoder, sentences):
 
 
 def continued(args, identity, *parts):
-    """The losses of the unfinished run in --output, whose state `parts` take; none if it is new."""
+    """The losses of the unfinished run in --output, loaded into `parts`; exits if it is complete."""
     import fcntl
 
     checkpoint, complete = args.output / "checkpoint.pt", args.output / "priming.json"
@@ -371,9 +371,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def identify(args, weights, sentences):
-    """A checksum of all that decides a result: settings, weights and data, wherever they are."""
+    """A checksum of settings, weights and data; without places, versions, and seeds in file names."""
     places = {"model", "data", "init", "load", "output", "results", "save", "device"}
-    others = places | {"save_every", "tgt", "seeds", "versions"}
+    others = places | {"save_every", "tgt", "seeds", "versions", "priming"}
     settings = {name: value for name, value in vars(args).items() if name not in others}
     return f"{zlib.crc32(repr([settings, checksum(weights), sentences]).encode()):08x}"
 

@@ -29,7 +29,7 @@ NONE = ["--init", "none"]
     "script, flags, told",
     [
         ("prime.py", ["--src", "en", "xx", *DEMO], "xx: no train split; there are ["),
-        ("prime.py", [*DEMO, "--support", 10_000], "en train: ValueError: 1000 sentences with a word piece, of 10016"),
+        ("prime.py", [*DEMO, "--support", 10_000], "en train: ValueError: 1000 sentences with a word piece, 10016 needed"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps"),
         ("prime.py", [*DEMO, "--outer-lr", "-1"], "argument --outer-lr"),
