@@ -142,5 +142,5 @@ def tokenize(rows: Sequence[tuple], tokenizer: Any, max_length: int) -> list[Sen
     lost = [s.first.count(-1) for s in sentences if -1 in s.first]
     if lost:
         told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
-        print(f"cut off after --max-length {max_length}: {told}", file=sys.stderr)
+        print(f"no piece within --max-length {max_length}: {told}", file=sys.stderr)
     return sentences

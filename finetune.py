@@ -20,7 +20,8 @@ import prime
 from adapters import Sentence, Tagger, load_encoder
 
 OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
-OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights")
+OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights",
+            "epochs", "min_steps", "lr", "batch_size", "limit_train")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         with prime.blaming(f"--load {args.load}, which --save writes"):
             kept = json.loads((args.load / "tuned.json").read_text())
             recorded = {name: kept[name] for name in OF_SAVED}
-        near = args.load / kept["base"]
-        parser.set_defaults(**recorded, init=str(near) if near.is_dir() else kept["init"])
+            near = args.load / kept["base"]
+            parser.set_defaults(**recorded, init=str(near) if near.is_dir() else kept["init"])
     elif args.init != "none":
         with prime.blaming(f"--init {args.init}, which prime.py writes"):
             priming = json.loads((Path(args.init) / "priming.json").read_text())
@@ -63,22 +64,21 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     encoder, tokenizer, saved = load_base(args)
-    data = {}  # all of it first: what is wrong there is told before anything is trained
+    data, lines = {}, []  # all data first, to tell early what is wrong there
     for language in args.tgt:
         train = [] if args.load else prime.load(args, tokenizer, language, "train")
         data[language] = train, prime.load(args, tokenizer, language, args.split)
     args.results.mkdir(parents=True, exist_ok=True)
-    lines = []
     for language, (train, test) in data.items():
         identity = prime.identify(args, [*encoder.parameters(), *saved.values()], train + test)
         if args.tune == "head" or args.tune == "adapter" and args.pe == "adapter":
-            with torch.no_grad():  # θp stays: f(x; θp) is computed once, for all epochs and seeds
+            with torch.no_grad():  # θp stays: f(x; θp) once for all epochs and seeds
                 train, test = prime.build(args, None, encoder, train + test).hoist([train, test])
         for seed in dict.fromkeys(args.seeds):
             result = args.results / f"{language}-{seed}-{identity}.json"
             folder = args.save and args.save / f"{language}-{seed}"
             if folder and folder.exists() != result.exists():
-                raise prime.BadInput(f"{folder}, {result}: only one is there")
+                raise prime.BadInput(f"{folder}, {result}: one is there: remove it")
             if result.exists():
                 print(f"{language} seed {seed}: done before")
             else:
@@ -105,6 +105,7 @@ def main() -> None:
 
 def load_base(args):
     """f, its tokenizer, and what is beside it: θa* of a primed folder, or what --save kept."""
+    torch.manual_seed(0)  # for a pooler that is in no file
     base = args.model if args.init == "none" else args.init
     with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(base, args.max_length)
@@ -120,7 +121,7 @@ def load_base(args):
 
 def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, dict]:
     """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     pe = args.pe if args.tune == "adapter" else None
     model = prime.build(args, pe, copy.deepcopy(encoder), sentences)
     theta_p, theta_a, theta_h = model.sets()

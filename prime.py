@@ -62,18 +62,18 @@ def prime(
             queries = hoist(queries)
         query_losses, theta_1 = [], {}
         for support, query in zip(supports, queries, strict=True):  # 3: for all Ti in T do
-            theta_i = {name: parameter.clone() for name, parameter in inner.items()}  # 4: θi = θ
+            theta_i = {n: p.clone() for n, p in inner.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 gradient = gradient_of(loss(at(model, theta_i), support), theta_i, second_order)
-                theta_i = {name: theta_i[name] - inner_lr * gradient[name] for name in theta_i}  # 6
+                theta_i = {n: theta_i[n] - inner_lr * gradient[n] for n in theta_i}  # 6
             # 7: end for
             query_losses.append(loss(at(model, theta_i), query))  # 9's L_Ti
             theta_1 = theta_1 or theta_i  # 9's θ1
         # 8: end for
         optimizer.zero_grad()
         sum(query_losses).backward(inputs=outer)  # 9: ∇ of the sum over tasks
-        if theta_p and all(parameter.grad is None for parameter in theta_p.values()):
-            raise ValueError("no gradient reaches θp: does `hoist` detach the queries?")
+        if any(t and all(p.grad is None for p in t.values()) for t in (theta_p, theta_a)):
+            raise ValueError("no gradient reaches θp or θa: does `hoist` detach the queries?")
         optimizer.step()  # 9: θa and θp
         schedule.step()
         for name, parameter in theta_h.items():
@@ -246,7 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
-    flag("--method", choices=["meta", "maml", "ft"], default="meta", help="rows 4, 6, 5 of Table 1")
+    flag("--method", choices=["meta", "maml", "ft"], default="meta", help="rows 4, 6, 5 (S = 0)")
     flag("--inner-steps", type=int, default=5, help="S; paper: 5, in row 7: 1")
     flag("--inner-lr", type=float, default=0.03, help="α of SGD; paper: 0.03")
     flag("--outer-lr", type=float, default=5e-5, help="β of AdamW, falling to 0; paper: 5e-5")
@@ -270,8 +270,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     with blaming(f"--model {args.model} (offline: a folder), --max-length {args.max_length}"):
         encoder, tokenizer = load_encoder(args.model, args.max_length)
-    least = args.support + args.query
-    corpora = [load(args, tokenizer, language, "train", least) for language in args.src]
+    corpora = [load(args, tokenizer, src, "train", args.support + args.query) for src in args.src]
     identity = identify(args, encoder.parameters(), corpora)
     model = build(args, args.pe, encoder, sum(corpora, []))
     with torch.no_grad():  # a head step changes scores by about that
@@ -419,7 +418,7 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")  # some terminals know no θ
         main()
     except (BadInput, OSError, KeyboardInterrupt) as error:
-        told = str(error) or "interrupted; the same command goes on"
+        told = " ".join(str(error).split()) or "interrupted; the same command goes on"
         print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
         sys.exit(2)
 

@@ -38,15 +38,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="of finetune.py --save")
     parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("--init", help="the base that the folder was tuned on, if it is elsewhere now")
+    parser.print_usage = lambda file=None: None  # a wrong flag ends with one line
     given = parser.parse_args()
-    sys.argv[1:] = ["--tgt", "-", "--load", str(given.folder)]
+    moved = ["--init", given.init] if given.init else []
+    sys.argv[1:] = ["--tgt", "-", "--load", str(given.folder), *moved]
     args = finetune.parse_arguments()
     if args.tune == "adapter":
         raise prime.BadInput(f"{given.folder}: transformers has no class for --tune adapter")
-    with prime.blaming(f"writing {given.output}"):
-        given.output.mkdir(parents=True)
     encoder, tokenizer, saved = finetune.load_base(args)
     model, _ = finetune.start(args, encoder, saved, 0, [])
+    with prime.blaming(f"writing {given.output}"):
+        given.output.mkdir(parents=True)
     export_whole(model, tokenizer, prime.tag_names(args.types), given.output)
     print(f"{given.output}: {' '.join(sorted(path.name for path in given.output.iterdir()))}")
 

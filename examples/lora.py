@@ -24,23 +24,30 @@ def main() -> None:
         import peft
     except ImportError:
         raise prime.BadInput("LoRA needs peft: pip install peft==0.21.2") from None
+    if args.method == "ft" or args.pe != "adapter" or args.bf16:
+        raise prime.BadInput("this example has no --method ft, --pe or --bf16")
     torch.manual_seed(args.seed)
-    with prime.blaming(args.output):
-        args.output.mkdir(parents=True)
-    encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
+    with prime.blaming(f"--model {args.model}"):
+        encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
+    if args.second_order:
+        encoder.set_attn_implementation("eager")  # fused kernels have no second derivative
     least = args.support + args.query
     corpora = [prime.load(args, tokenizer, language, "train", least) for language in args.src]
     config = peft.LoraConfig("FEATURE_EXTRACTION", r=args.bottleneck, lora_alpha=2 * args.bottleneck)
     lora = peft.get_peft_model(encoder, config)
-    model = adapters.Tagger(lora, len(prime.tag_names(args.types)), None).to(args.device).eval()
-    model.choose_packing(sum(corpora, []))
+    with prime.blaming(f"--device {args.device}"):
+        model = adapters.Tagger(lora, len(prime.tag_names(args.types)), None).to(args.device).eval()
+        model.choose_packing(sum(corpora, []))
+    with prime.blaming(f"--output {args.output}"):
+        args.output.mkdir(parents=True)
     model.requires_grad_()  # peft froze θp, which line 9 moves
     theta_p, _, theta_h = model.sets()
     theta_a = {name: theta_p.pop(name) for name in [*theta_p] if ".lora_" in name}
     optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
     steps = prime.prime(
         model, theta_p, theta_a, theta_h, prime.sample_batches(corpora, args), prime.tag_loss, optimizer,
-        schedule, inner_lr=args.inner_lr, inner_steps=args.inner_steps,
+        schedule, inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
+        second_order=args.second_order,
     )
     for query_losses in tqdm(steps, "priming", args.steps, disable=None):
         last = sum(query_losses)

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="text in UTF-8, or - for standard input")
     parser.add_argument("--gold", nargs=3, metavar=("DATA", "LANG", "SPLIT"), help="instead of the file")
     parser.add_argument("--init", help="the base that the folder was tuned on, if it is elsewhere now")
+    parser.print_usage = lambda file=None: None  # a wrong flag ends with one line
     given = parser.parse_args()
     moved = ["--init", given.init] if given.init else []
     sys.argv[1:] = ["--tgt", "-", "--load", given.folder, *moved]  # the rest of the flags is in the folder

@@ -228,7 +228,7 @@ def test_words_cut_off_count_as_o_and_are_told(demo, capsys):
     assert [sentence.first.count(-1) for sentence in whole] == [0, 0] and capsys.readouterr().err == ""
     rows.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences = adapters.tokenize(rows, demo[1], 7)  # with [CLS] and [SEP] five words are left
-    told = "cut off after --max-length 7: 2 of 14 words, in 2 of 3 sentences\n"
+    told = "no piece within --max-length 7: 2 of 14 words, in 2 of 3 sentences\n"
     assert capsys.readouterr().err == told
     kept = [tag for s in sentences for first, tag in zip(s.first, s.tags) if first >= 0]
     result = finetune.evaluate(Predictor(kept), sentences, TAGS)

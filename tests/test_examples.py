@@ -53,7 +53,7 @@ def test_a_text_that_is_too_long_or_not_utf_8_is_told(tuned, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("Delhi " * 200)
     done = command("examples/tag.py", tuned / "head/hi-0", path)
-    assert done.stdout.count("Delhi\t") == 200 and "cut off after --max-length 128: " in done.stderr
+    assert done.stdout.count("Delhi\t") == 200 and "no piece within --max-length 128: " in done.stderr
     path.write_text("\n \n")
     assert command("examples/tag.py", tuned / "head/hi-0", path).stdout == ""
     path.write_bytes(b"Delhi \xff\n")

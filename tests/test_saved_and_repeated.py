@@ -133,12 +133,12 @@ def test_a_folder_and_results_that_disagree_are_refused(tmp_path):
     flags = [*HINDI, *SMALL_TUNING, *START, "--results", results]
     command("finetune.py", *flags)
     (line,) = command("finetune.py", *flags, *save, status=2).stderr.splitlines()  # a line without a folder
-    assert f"{tmp_path}/tuned/hi-0, {results}/hi-0-" in line and line.endswith("only one is there")
+    assert f"{tmp_path}/tuned/hi-0, {results}/hi-0-" in line and line.endswith("one is there: remove it")
     assert not (tmp_path / "tuned").exists() and len(read_results(results)) == 1
     command("finetune.py", *flags, "--lr", 1e-2, *save)
     before = contents(tmp_path)
     (line,) = command("finetune.py", *flags, "--lr", 2e-2, *save, status=2).stderr.splitlines()
-    assert "only one is there" in line and contents(tmp_path) == before  # a folder of another run
+    assert "one is there: remove it" in line and contents(tmp_path) == before  # a folder of another run
 
 
 def test_results_of_loading_are_not_taken_for_training(table, tmp_path):
