@@ -1,7 +1,6 @@
 """The model of §4, h(g(f(x; θp); θa); θh), and its three named sets of parameters.
 
-f is an encoder that `AutoModel` loads, g an adapter after its last layer, h a linear head on words;
-or else θa is a part of f. Nothing here knows of data sets or of training."""
+f: an encoder of `AutoModel`; g: an adapter on top, or else θa is a part of f; h: a linear head on words."""
 
 import sys
 from contextlib import suppress
@@ -81,16 +80,15 @@ class Tagger(nn.Module):
         is padding; each keeps its own positions and attends to itself alone."""
         device, dtype = self.head.weight.device, self.head.weight.dtype
         encoded = []
-        for begin in range(0, len(sentences), 256):  # for memory
-            part = sentences[begin : begin + 256]
-            room = max(2 * len(s.pieces) for s in part) if self.first_position is not None else 0
+        for part in (sentences[k : k + 256] for k in range(0, len(sentences), 256)):  # for memory
+            room = 2 * max(len(s.pieces) for s in part) if self.first_position is not None else 0
             rows = []
             for i, s in enumerate(part):
-                if not rows or len(rows[-1]) + len(s.pieces) > room:
-                    rows.append([])
-                rows[-1] += [(i, piece, at, at in s.first) for at, piece in enumerate(s.pieces)]
-            rows = [torch.tensor(row) for row in rows]
-            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+                row = next((row for row in rows if len(row) + len(s.pieces) <= room), [])
+                if not row:
+                    rows.append(row)
+                row += [(i, piece, at, at in s.first) for at, piece in enumerate(s.pieces)]
+            padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -1).to(device)
             owner, pieces, positions, is_first = padded.unbind(-1)  # [rows, length]
             where = {"attention_mask": (owner >= 0).long()}
             if self.first_position is not None:
@@ -99,8 +97,10 @@ class Tagger(nn.Module):
                 where["position_ids"] = positions.clamp(min=0) + self.first_position
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = self.encoder(pieces.clamp(min=0), **where).last_hidden_state.to(dtype)
-            features = hidden[is_first == 1].split([len(s.first) - s.first.count(-1) for s in part])
-            encoded += [s._replace(features=of_words) for s, of_words in zip(part, features)]
+            in_order = owner[is_first == 1].argsort(stable=True)
+            counts = [len(s.first) - s.first.count(-1) for s in part]
+            features = iter(hidden[is_first == 1][in_order].split(counts))
+            encoded += [s._replace(features=next(features)) for s in part]
         return encoded
 
     def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:

@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     """The flags; what the folder of --load or --init records takes the place of their defaults."""
     parser = prime.common_parser(__doc__.split("\n\n")[0])
     flag = parser.add_argument
-    flag("--tgt", nargs="+", required=True, metavar="LANG", help="targets; paper: hi af az lt et nl")
+    flag("--tgt", nargs="+", required=True, metavar="LANG", help="paper: hi af az lt et nl")
     flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
     flag("--init", default="primed", help="folder of prime.py; none (rows 1 to 3): --model")
     flag("--epochs", type=int, default=10, help="passes over the sentences")
