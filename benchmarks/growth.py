@@ -4,7 +4,7 @@
 
 Time and peak memory (beyond what is held before) are ratios to the fine-tuning step on the same query
 sentences, of Algorithm 1 with the hoist, without it, and of the MAML loop; medians over the rounds. What
-encodes more than --longest times the sentences of the fine-tuning step is left out. Needs matplotlib.
+encodes more than --longest sentences a step is left out, but for the hoisted. Needs matplotlib.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from step import prime
 from tqdm import tqdm
 
 NAMES = {"hoisted": "Algorithm 1", "looped": "without the hoist", "maml": "MAML loop"}
-AXES = {"inner_steps": (1, 5, 20, 50, 200), "tasks": (1, 2, 4, 8, 16), "support": (4, 16, 64, 256)}
+AXES = {"inner_steps": (1, 5, 20, 50, 200), "tasks": (1, 2, 4, 8), "support": (4, 16, 64, 256)}
 LABELS = {"inner_steps": "inner steps S", "tasks": "tasks", "support": "support sentences of a task"}
 
 
@@ -49,7 +49,8 @@ def measure(model, corpora, args):
             base, memory = costs(model, fine_tune, batches, 0)
             for way, how in ways.items():
                 encoded = 1 if way == "hoisted" else settings["inner_steps"]  # times a support set
-                if 1 + encoded * settings["support"] / args.query <= args.longest:
+                sentences = settings["tasks"] * (args.query + encoded * settings["support"])
+                if way == "hoisted" or sentences <= args.longest:
                     one = functools.partial(meta, **how)
                     time, peak = costs(model, one, batches, settings["inner_steps"])
                     found[axis, way, size] = time / base, peak / memory
@@ -93,8 +94,8 @@ def main() -> None:
     flag("--model", default=str(step.ROOT / "demo/encoder"))
     flag("--data", default=str(step.ROOT / "demo/wikiann"))
     flag("--src", nargs="+", default=["en", "es"])
-    flag("--rounds", type=int, default=3)
-    flag("--longest", type=float, default=25)
+    flag("--rounds", type=int, default=2)
+    flag("--longest", type=int, default=400)
     flag("--limit-train", type=int, default=5000)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--picture", type=Path, default=Path(__file__).with_suffix(".svg"))
