@@ -39,10 +39,11 @@ PRIMING = {  # the flags of prime.py; none: adapter tuning without priming, full
     "meta-5e-4": ["--inner-lr", "0.3", "--outer-lr", "5e-4", "--steps", "300"],
     "meta-1e-4": ["--inner-lr", "0.3", "--outer-lr", "1e-4", "--steps", "300"],
     "meta-1000": ["--inner-lr", "0.3", "--outer-lr", "2e-4", "--steps", "1000"],
-    "meta-alpha-1": [*STEPS, "--inner-lr", "1"],
-    "meta-20-steps": [*STEPS, "--inner-lr", "0.3", "--inner-steps", "20"],
+    "ft-half": [*STEPS, "--method", "ft", "--support", "8", "--query", "8"],  # as many as in line 9
+    "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
 }
-TUNING = {"none": ["--min-steps", "750"], "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3"]}
+TUNING = {"none": ["--min-steps", "750"], "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3"],
+          "meta-bf16": ["--bf16"]}
 KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
 
 
@@ -107,8 +108,6 @@ def report(split: str, targets: list[str]) -> None:
     print("| sentences | difference | target | F1 |\n|---|---|---|---|")
     usual = [tuning == " ".join(TUNING.get(priming, [])) for _, tuning, priming, *_ in f1.index]
     by_priming = f1[usual].droplevel("tuning").unstack("priming").reorder_levels(["asked", "target", "seed"])
-    means = by_priming.groupby(level=["asked", "seed"]).mean().assign(target="mean")
-    means = means.set_index("target", append=True).reorder_levels(["asked", "target", "seed"])
     of_all = by_priming.groupby(level=["asked", "seed"]).filter(lambda rows: len(rows) == len(targets))
     mean = of_all.groupby(level=["asked", "seed"]).agg(lambda column: column.mean(skipna=False))
     mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(["asked", "target", "seed"])
