@@ -40,10 +40,17 @@ PRIMING = {  # the flags of prime.py; none: adapter tuning without priming, full
     "meta-1e-4": ["--inner-lr", "0.3", "--outer-lr", "1e-4", "--steps", "300"],
     "meta-1000": ["--inner-lr", "0.3", "--outer-lr", "2e-4", "--steps", "1000"],
     "ft-half": [*STEPS, "--method", "ft", "--support", "8", "--query", "8"],  # as many as in line 9
+    "new-heads": [*STEPS, "--inner-lr", "0.3"],
     "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
 }
-TUNING = {"none": ["--min-steps", "750"], "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3"],
-          "meta-bf16": ["--bf16"]}
+TUNING = {  # the flags of finetune.py, where they are not the defaults
+    "none": ["--min-steps", "750"],
+    "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3", "--min-steps", "750"],
+    "meta-bf16": ["--bf16"],
+}
+PAIRS = [("meta", "ft"), ("meta", "maml"), ("meta", "one-step"), ("meta", "paper-alpha"), ("meta", "none"),
+         ("ft", "none"), ("ft", "ft-half"), ("meta", "new-heads"), ("meta", "meta-bf16"),
+         ("meta-1000", "ft-1000")]
 KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
 
 
@@ -73,7 +80,8 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
     if PRIMING[priming] is None:
         start = ["--init", "none", "--model", args.model]
     elif not (folder / "priming.json").exists():
-        run("prime.py", *base, *PRIMING[priming], "--seed", seed, "--save-every", 10**6, "--output", folder)
+        script = "benchmarks/new_heads.py" if priming == "new-heads" else "prime.py"
+        run(script, *base, *PRIMING[priming], "--seed", seed, "--save-every", 10**6, "--output", folder)
     for target, size in missing:
         results = args.output / f"{priming}-{seed}-{target}-{size}-{args.split}"
         shutil.rmtree(results, ignore_errors=True)
@@ -96,29 +104,45 @@ def interval(values: pandas.Series) -> str:
     return f"{values.mean():+.2f} ± {half:.2f} ({len(values)})"
 
 
-def report(split: str, targets: list[str]) -> None:
-    table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
+def results(split: str) -> pandas.Series:
+    """F1 by sentences, tuning, priming, target and seed."""
     keys = ["asked", "tuning", "priming", "target", "seed"]
-    f1 = table.drop_duplicates(keys, keep="last").set_index(keys)["f1"]
+    table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
+    return table.drop_duplicates(keys, keep="last").set_index(keys)["f1"]
+
+
+def with_usual_tuning(f1: pandas.Series) -> pandas.DataFrame:
+    """A column for each way of priming; rows by sentences, target and seed."""
+    usual = [tuning == " ".join(TUNING.get(priming, [])) for _, tuning, priming, *_ in f1.index]
+    columns = f1[usual].droplevel("tuning").unstack("priming")
+    return columns.reorder_levels(["asked", "target", "seed"]).sort_index()
+
+
+def report(split: str, targets: list[str]) -> None:
+    f1 = results(split)
     print("| sentences | tuning | priming | target | F1, mean ± std | seeds |\n|---|---|---|---|---|---|")
-    for key, group in f1.groupby(level=keys[:4]):
+    for key, group in f1.groupby(level=["asked", "tuning", "priming", "target"]):
         spread = f" ± {group.std():.2f}" if len(group) > 1 else ""
         print(f"| {' | '.join(map(str, key))} | {group.mean():.2f}{spread} | {len(group)} |")
+    columns = with_usual_tuning(f1)
+    of_seed = columns[columns.index.isin(targets, "target")].groupby(level=["asked", "seed"])
+    mean = of_seed.agg(lambda column: column.mean() if column.count() == len(targets) else None)
+    mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(columns.index.names)
+    columns = pandas.concat([columns, mean])
     print("\nPaired differences over seeds, 95 % intervals (Student's t):\n")
     print("| sentences | difference | target | F1 |\n|---|---|---|---|")
-    usual = [tuning == " ".join(TUNING.get(priming, [])) for _, tuning, priming, *_ in f1.index]
-    by_priming = f1[usual].droplevel("tuning").unstack("priming").reorder_levels(["asked", "target", "seed"])
-    of_all = by_priming.groupby(level=["asked", "seed"]).filter(lambda rows: len(rows) == len(targets))
-    mean = of_all.groupby(level=["asked", "seed"]).agg(lambda column: column.mean(skipna=False))
-    mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(["asked", "target", "seed"])
-    by_priming = pandas.concat([by_priming, mean])
-    others = ("ft", "paper-alpha", "none", "maml", "one-step")
-    pairs = [*(("meta", other) for other in others), ("ft", "none")]
-    for one, other in pairs:
-        if {one, other} <= {*by_priming}:
-            difference = (by_priming[one] - by_priming[other]).dropna()
+    for one, other in PAIRS:
+        if {one, other} <= {*columns}:
+            difference = (columns[one] - columns[other]).dropna()
             for (size, target), group in difference.groupby(level=["asked", "target"]):
                 print(f"| {size} | {one} − {other} | {target} | {interval(group)} |")
+    if {"meta", "full"} <= {*columns}:
+        print("\nShare of the gap from AT to full fine-tuning that priming closes, of means over seeds:\n")
+        print("| sentences | target | meta | ft |\n|---|---|---|---|")
+        means = columns.groupby(level=["asked", "target"]).mean()
+        shares = means[["meta", "ft"]].sub(means["none"], axis=0).div(means["full"] - means["none"], axis=0)
+        for (size, target), row in shares.dropna().iterrows():
+            print(f"| {size} | {target} | {row['meta']:.0%} | {row['ft']:.0%} |")
 
 
 def draw(split: str, targets: list[str], picture: Path) -> None:
@@ -129,17 +153,18 @@ def draw(split: str, targets: list[str], picture: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same picture has the same bytes
     from matplotlib import pyplot
 
-    names = {"meta": "Meta Priming → AT", "ft": "FT Priming → AT", "none": "AT"}
-    table = pandas.DataFrame(line for line in lines(RESULTS) if line["split"] == split)
+    names = {"meta": "Meta Priming → AT", "ft": "FT Priming → AT", "none": "AT", "full": "Full FT"}
+    columns = with_usual_tuning(results(split))
     figure, panels = pyplot.subplots(1, len(targets), sharey=True, figsize=(7, 3), layout="constrained")
     for axes, target in zip(panels, targets):
-        for (priming, name), color in zip(names.items(), ("#0072b2", "#d55e00", "0.5")):
-            f1 = table[(table["priming"] == priming) & (table["target"] == target)]
-            mean = f1.groupby("asked")["f1"].mean()
+        f1 = columns.xs(target, level="target")
+        for (priming, name), color in zip(names.items(), ("#0072b2", "#d55e00", "0.5", "0")):
+            of_seeds = f1[priming].dropna()
+            mean = of_seeds.groupby(level="asked").mean()
             axes.plot(mean.index, mean, "-", color=color, label=name)
-            axes.plot(f1["asked"], f1["f1"], ".", color=color)
+            axes.plot(of_seeds.index.get_level_values("asked"), of_seeds, ".", color=color)
         axes.set(xscale="log", title=target, xlabel="training sentences")
-        sizes = sorted(table["asked"].unique())
+        sizes = f1.index.unique("asked")
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
     panels[0].set(ylabel="F1")
