@@ -96,12 +96,27 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
             file.write(json.dumps(slim) + "\n")
 
 
-def interval(values: pandas.Series) -> str:
+def spread(f1: pandas.Series) -> str:
+    """Mean ± standard deviation over seeds, and how many there are."""
+    return f"{f1.mean():.2f} (1)" if len(f1) == 1 else f"{f1.mean():.2f} ± {f1.std():.2f} ({len(f1)})"
+
+
+def interval(differences: pandas.Series) -> str:
     """Mean ± half of the 95 % interval (Student's t) over seeds; one seed has no interval."""
-    if len(values) < 2:
-        return f"{values.mean():+.2f} (one seed)" if len(values) else ""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
-    return f"{values.mean():+.2f} ± {half:.2f} ({len(values)})"
+    seeds = differences.dropna()
+    if len(seeds) < 2:
+        return f"{seeds.mean():+.2f} (1)" if len(seeds) else "–"
+    half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.std() / len(seeds) ** 0.5
+    return f"{seeds.mean():+.2f} ± {half:.2f} ({len(seeds)})"
+
+
+def show(title: str, table: pandas.DataFrame) -> None:
+    """Prints a table in Markdown."""
+    table = table.fillna("–").reset_index()
+    heads = [" ".join(map(str, name)).strip() if type(name) is tuple else str(name) for name in table]
+    print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for row in table.itertuples(index=False):
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def results(split: str) -> pandas.Series:
@@ -120,29 +135,26 @@ def with_usual_tuning(f1: pandas.Series) -> pandas.DataFrame:
 
 def report(split: str, targets: list[str]) -> None:
     f1 = results(split)
-    print("| sentences | tuning | priming | target | F1, mean ± std | seeds |\n|---|---|---|---|---|---|")
-    for key, group in f1.groupby(level=["asked", "tuning", "priming", "target"]):
-        spread = f" ± {group.std():.2f}" if len(group) > 1 else ""
-        print(f"| {' | '.join(map(str, key))} | {group.mean():.2f}{spread} | {len(group)} |")
+    f1 = f1[f1.index.isin(targets, "target")]
+    cells = f1.groupby(level=["priming", "tuning", "target", "asked"]).agg(spread)
+    cells = cells.unstack(["target", "asked"]).sort_index(axis=1)
+    show(f"F1 on {split}, mean ± standard deviation (seeds):", cells)
     columns = with_usual_tuning(f1)
-    of_seed = columns[columns.index.isin(targets, "target")].groupby(level=["asked", "seed"])
+    of_seed = columns.groupby(level=["asked", "seed"])
     mean = of_seed.agg(lambda column: column.mean() if column.count() == len(targets) else None)
     mean = pandas.concat({"mean": mean}, names=["target"]).reorder_levels(columns.index.names)
     columns = pandas.concat([columns, mean])
-    print("\nPaired differences over seeds, 95 % intervals (Student's t):\n")
-    print("| sentences | difference | target | F1 |\n|---|---|---|---|")
-    for one, other in PAIRS:
-        if {one, other} <= {*columns}:
-            difference = (columns[one] - columns[other]).dropna()
-            for (size, target), group in difference.groupby(level=["asked", "target"]):
-                print(f"| {size} | {one} − {other} | {target} | {interval(group)} |")
+    pairs = [(one, other) for one, other in PAIRS if {one, other} <= {*columns}]
+    paired = pandas.DataFrame({f"{one} − {other}": columns[one] - columns[other] for one, other in pairs})
+    paired.columns.name = "difference"
+    paired = paired.stack().groupby(level=["difference", "asked", "target"], sort=False).agg(interval)
+    paired = paired.unstack("target")
+    show("Paired differences, 95 % interval of Student's t (seeds):", paired[(paired != "–").any(axis=1)])
     if {"meta", "full"} <= {*columns}:
-        print("\nShare of the gap from AT to full fine-tuning that priming closes, of means over seeds:\n")
-        print("| sentences | target | meta | ft |\n|---|---|---|---|")
         means = columns.groupby(level=["asked", "target"]).mean()
         shares = means[["meta", "ft"]].sub(means["none"], axis=0).div(means["full"] - means["none"], axis=0)
-        for (size, target), row in shares.dropna().iterrows():
-            print(f"| {size} | {target} | {row['meta']:.0%} | {row['ft']:.0%} |")
+        show("Share of the gap from AT to full fine-tuning that priming closes:",
+             shares.dropna().map("{:.0%}".format))
 
 
 def draw(split: str, targets: list[str], picture: Path) -> None:
