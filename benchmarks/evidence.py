@@ -180,7 +180,7 @@ def draw(split: str, targets: list[str], picture: Path) -> None:
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
     panels[0].set(ylabel="F1")
-    panels[-1].legend(frameon=False, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     figure.savefig(picture, metadata={"Date": None})
 
 
