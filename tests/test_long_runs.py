@@ -37,6 +37,7 @@ def child(script, flags, stderr, environment=None, fault=None):
     torch.set_num_threads(1)
     sys.argv, sys.stdout = [script, *map(str, flags)], open(os.devnull, "w")
     sys.stderr = sys.__stderr__ = open(stderr, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it
     if fault:
         fault()
     runpy.run_path(str(HERE / script), run_name="__main__")
