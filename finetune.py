@@ -56,15 +56,15 @@ def parse_arguments() -> argparse.Namespace:
         parser.set_defaults(**recorded, priming=priming)
     args = prime.parse(parser)
     for name, value in recorded.items():
-        if vars(args)[name] != value:
-            parser.error(f"--{name} {vars(args)[name]}: {args.load or args.init} has {value}")
+        if (given := vars(args)[name]) != value:
+            parser.error(f"--{name.replace('_', '-')} {given}: {args.load or args.init} has {value}")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     encoder, tokenizer, saved = load_base(args)
-    data, lines = {}, []  # all data first, to tell early what is wrong there
+    data, lines = {}, []  # all data first, to tell what is wrong early
     for language in args.tgt:
         train = [] if args.load else prime.load(args, tokenizer, language, "train")
         data[language] = train, prime.load(args, tokenizer, language, args.split)

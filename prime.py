@@ -57,9 +57,9 @@ def prime(
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks)
         if hoist and not maml:  # f(x; θp) once for all of lines 3 to 8, which do not move θp
+            queries = hoist(queries)  # first: older autocasts reuse casts of no_grad
             with torch.set_grad_enabled(second_order):
                 supports = hoist(supports)
-            queries = hoist(queries)
         query_losses, theta_1 = [], {}
         for support, query in zip(supports, queries, strict=True):  # 3: for all Ti in T do
             theta_i = {n: p.clone() for n, p in inner.items()}  # 4: θi = θ
@@ -282,7 +282,7 @@ def main() -> None:
     (theta_p, theta_a, theta_h), inner_steps = model.sets(), args.inner_steps
     if args.method == "ft":  # §5.2: no inner steps; AdamW moves θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
-        model.train()  # dropout is for plain fine-tuning; Algorithm 1 takes f as a fixed function
+        model.train()  # dropout is for plain fine-tuning
     outer = [*theta_p.values(), *theta_a.values()]
     optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
     parts = (model, optimizer, schedule)
@@ -291,7 +291,7 @@ def main() -> None:
         model, theta_p, theta_a, theta_h, sample_batches(corpora, args, len(losses)), tag_loss,
         optimizer, schedule, inner_lr=args.inner_lr, inner_steps=inner_steps,
         maml=args.method == "maml", second_order=args.second_order,
-        hoist=model.hoist if args.pe == "adapter" else None,  # bitfit: θa is inside f
+        hoist=model.hoist if args.pe == "adapter" else None,  # bitfit: θa is in f
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=None)
     for step, query_losses in enumerate(bar, start=len(losses) + 1):
@@ -385,7 +385,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags that prime.py and finetune.py share."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=with_defaults)
-    parser.print_usage = lambda file=None: None  # a wrong flag too ends with one line
+    parser.print_usage = lambda file=None: None  # a wrong flag ends with one line
     pinned = ("torch", "transformers", "datasets", "seqeval")
     parser.set_defaults(versions={name: metadata.version(name) for name in pinned})
     flag = parser.add_argument

@@ -26,5 +26,8 @@ def with_new_heads(model, theta_p, theta_a, theta_h, *others, **settings):
 
 
 if __name__ == "__main__":
-    prime.prime = with_new_heads
+    if "ft" in sys.argv:
+        sys.exit("new_heads.py: FT priming has no inner loop, and so no new heads")
+    prime.prime, identify = with_new_heads, prime.identify
+    prime.identify = lambda *given: f"new heads {identify(*given)}"
     prime.run(prime.main)

@@ -30,6 +30,8 @@ def export_whole(model, tokenizer, tags: list[str], folder: Path) -> None:
     whole.classifier = model.head
     if any(parameter.is_meta for parameter in whole.parameters()):
         raise prime.BadInput(f"transformers' head for {config.model_type} has more layers than ours")
+    with prime.blaming(f"writing {folder}"):
+        folder.mkdir(parents=True)
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -48,8 +50,6 @@ def main() -> None:
         raise prime.BadInput(f"{given.folder}: transformers has no class for --tune adapter")
     encoder, tokenizer, saved = finetune.load_base(args)
     model, _ = finetune.start(args, encoder, saved, 0, [])
-    with prime.blaming(f"writing {given.output}"):
-        given.output.mkdir(parents=True)
     export_whole(model, tokenizer, prime.tag_names(args.types), given.output)
     print(f"{given.output}: {' '.join(sorted(path.name for path in given.output.iterdir()))}")
 

@@ -38,8 +38,8 @@ def main() -> None:
     with prime.blaming(f"--device {args.device}"):
         model = adapters.Tagger(lora, len(prime.tag_names(args.types)), None).to(args.device).eval()
         model.choose_packing(sum(corpora, []))
-    with prime.blaming(f"--output {args.output}"):
-        args.output.mkdir(parents=True)
+    if args.output.exists():
+        raise prime.BadInput(f"--output {args.output} is there: name a new folder")
     model.requires_grad_()  # peft froze θp, which line 9 moves
     theta_p, _, theta_h = model.sets()
     theta_a = {name: theta_p.pop(name) for name in [*theta_p] if ".lora_" in name}
