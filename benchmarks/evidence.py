@@ -9,8 +9,6 @@ benchmarks/results/evidence.jsonl, so that the tables of `--report` need no run;
 again, and several processes may take other seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil
@@ -24,9 +22,10 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
 STEPS = ["--outer-lr", "2e-4", "--steps", "300"]
-PRIMING = {  # the flags of prime.py; none: adapter tuning without priming, full: full fine-tuning
+PRIMING = {  # the flags of prime.py; none: not primed, full: full fine-tuning too
     "none": None,
     "full": None,
+    "none-bitfit": None,
     "meta": [*STEPS, "--inner-lr", "0.3"],
     "paper-alpha": [*STEPS],
     "ft": [*STEPS, "--method", "ft"],
@@ -42,15 +41,18 @@ PRIMING = {  # the flags of prime.py; none: adapter tuning without priming, full
     "ft-half": [*STEPS, "--method", "ft", "--support", "8", "--query", "8"],  # as many as in line 9
     "new-heads": [*STEPS, "--inner-lr", "0.3"],
     "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
+    "meta-bitfit": [*STEPS, "--pe", "bitfit"],
 }
 TUNING = {  # the flags of finetune.py, where they are not the defaults
     "none": ["--min-steps", "750"],
     "full": ["--tune", "full", "--lr", "5e-5", "--epochs", "3", "--min-steps", "750"],
+    "none-bitfit": ["--pe", "bitfit", "--min-steps", "750"],
     "meta-bf16": ["--bf16"],
 }
 PAIRS = [("meta", "ft"), ("meta", "maml"), ("meta", "one-step"), ("meta", "paper-alpha"), ("meta", "none"),
          ("ft", "none"), ("ft", "ft-half"), ("meta", "new-heads"), ("meta", "meta-bf16"),
-         ("meta-1000", "ft-1000")]
+         ("meta-1000", "ft-1000"), ("meta-1000", "meta"), ("ft-1000", "ft"),
+         ("meta-bitfit", "none-bitfit")]
 KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
 
 
@@ -73,6 +75,7 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
     done = {(line["target"], line["asked"]) for line in lines(RESULTS) if told.items() <= line.items()}
     missing = [pair for pair in wanted if pair not in done]
     if not missing:
+        print(f"{priming}, seed {seed}: all in {RESULTS}; move it away to run again, or for another model")
         return
     base = ["--model", args.model, "--data", args.data]
     folder = args.output / f"{priming}-{seed}"
@@ -139,6 +142,8 @@ def report(split: str, targets: list[str]) -> None:
     cells = f1.groupby(level=["priming", "tuning", "target", "asked"]).agg(spread)
     cells = cells.unstack(["target", "asked"]).sort_index(axis=1)
     show(f"F1 on {split}, mean ± standard deviation (seeds):", cells)
+    if f1.index.unique("seed").size == 1:
+        return  # no differences over seeds
     columns = with_usual_tuning(f1)
     of_seed = columns.groupby(level=["asked", "seed"])
     mean = of_seed.agg(lambda column: column.mean() if column.count() == len(targets) else None)
@@ -153,8 +158,8 @@ def report(split: str, targets: list[str]) -> None:
     if {"meta", "full"} <= {*columns}:
         means = columns.groupby(level=["asked", "target"]).mean()
         shares = means[["meta", "ft"]].sub(means["none"], axis=0).div(means["full"] - means["none"], axis=0)
-        show("Share of the gap from AT to full fine-tuning that priming closes:",
-             shares.dropna().map("{:.0%}".format))
+        shares = shares.dropna().map("{:.1%}".format).rename_axis(columns="priming").stack()
+        show("Share of the gap from AT to full fine-tuning that priming closes:", shares.unstack("target"))
 
 
 def draw(split: str, targets: list[str], picture: Path) -> None:
@@ -167,7 +172,8 @@ def draw(split: str, targets: list[str], picture: Path) -> None:
 
     names = {"meta": "Meta Priming → AT", "ft": "FT Priming → AT", "none": "AT", "full": "Full FT"}
     columns = with_usual_tuning(results(split))
-    figure, panels = pyplot.subplots(1, len(targets), sharey=True, figsize=(7, 3), layout="constrained")
+    figure, (panels,) = pyplot.subplots(
+        1, len(targets), sharey=True, squeeze=False, figsize=(7, 3), layout="constrained")
     for axes, target in zip(panels, targets):
         f1 = columns.xs(target, level="target")
         for (priming, name), color in zip(names.items(), ("#0072b2", "#d55e00", "0.5", "0")):

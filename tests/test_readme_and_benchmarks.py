@@ -144,6 +144,48 @@ def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
 # ---- benchmarks ----
 
 
+def evidence(priming, tuning, target, sentences):
+    """F1 by seed, of the test split."""
+    wanted = {"priming": priming, "tuning": tuning, "target": target, "asked": sentences, "split": "test"}
+    lines = (HERE / "benchmarks/results/evidence.jsonl").read_text(encoding="utf-8").splitlines()
+    return {line["seed"]: line["f1"] for line in map(json.loads, lines) if wanted.items() <= line.items()}
+
+
+def test_the_tables_of_the_evidence_are_those_that_its_command_prints():
+    told = (HERE / "benchmarks/README.md").read_text(encoding="utf-8").splitlines()
+    commands = [line.split()[2:] for line in told if line.startswith("python benchmarks/evidence.py --report")]
+    assert len(commands) == 3
+    for flags in commands:
+        flags = flags[: flags.index("--picture")] if "--picture" in flags else flags
+        printed = command("benchmarks/evidence.py", *flags).stdout.splitlines()
+        rows = [line for line in printed if line.startswith("| ")]
+        assert len(rows) > 5 and {*rows} <= {*told}
+
+
+def test_the_results_that_readme_tells_are_those_of_the_kept_runs():
+    """Means and standard deviations over seeds, and the paired intervals, with Student's t from a table."""
+    few = "--min-steps 750"
+    runs = {
+        "1": ("full", f"--tune full --lr 5e-5 --epochs 3 {few}"), "2": ("none", f"{few} --tune head --lr 3e-2"),
+        "3": ("none", few), "4": ("meta", ""), "5": ("ft", ""), "6": ("maml", ""), "7": ("one-step", ""),
+    }
+    t = {2: 12.706, 3: 4.303, 5: 2.776}
+    table = README.partition("## Results")[2].partition("\n- ")[0]
+    head, _, *rows = [[cell.strip() for cell in row.split("|")[2:-1]] for row in re.findall(r"^\|.*", table, re.M)]
+    names = re.findall(r"^\| (\d(?: − \d)?)", table, re.M)
+    columns = [(cell[:2], int(cell[4:].replace(",", ""))) for cell in head if cell[:2] in ("nl", "ru")]
+    assert names == ["1", "2", "3", "4", "5", "6", "7", "4 − 5"] and len(columns) >= 4
+    for name, row in zip(names, rows, strict=True):
+        for (target, sentences), cell in zip(columns, row):
+            one, *others = [evidence(*runs[number], target, sentences) for number in name.split(" − ")]
+            f1 = [one[seed] - sum(other[seed] for other in others) for seed in sorted(one)]
+            spread = statistics.stdev(f1) if len(f1) > 1 else 0
+            half = t[len(f1)] * spread / len(f1) ** 0.5 if others else spread
+            sign = "+" if others else ""
+            wanted = f"{statistics.mean(f1):{sign}.2f}±{half:.2f}" if len(f1) > 1 else f"{f1[0]:.2f}" if f1 else "–"
+            assert cell == wanted, (name, target, sentences)
+
+
 def test_the_benchmark_of_a_step_runs():
     done = command("benchmarks/step.py", "--rounds", 1)  # it compares the meta-gradients of all ways itself
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
