@@ -69,7 +69,7 @@ class Tagger(nn.Module):
         alone = torch.cat([self.encode([s])[0].features for s in probe])
         after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
         for self.first_position in (0, after_padding, None):
-            with suppress(Exception):  # refused in many ways
+            with suppress(Exception):  # some encoders refuse it
                 packed = torch.cat([s.features for s in self.encode(probe)])
                 if (packed - alone).norm() <= 1e-5 * alone.norm():
                     return

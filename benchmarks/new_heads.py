@@ -19,6 +19,8 @@ algorithm_1 = prime.prime
 
 
 def with_new_heads(model, theta_p, theta_a, theta_h, *others, **settings):
+    if not theta_h:
+        raise prime.BadInput("--method ft has no inner loop, and so no new heads")
     for query_losses in algorithm_1(model, theta_p, theta_a, theta_h, *others, **settings):
         nn.init.normal_(theta_h["head.weight"], std=0.02)  # as `Tagger` draws it
         nn.init.zeros_(theta_h["head.bias"])
@@ -26,8 +28,6 @@ def with_new_heads(model, theta_p, theta_a, theta_h, *others, **settings):
 
 
 if __name__ == "__main__":
-    if "ft" in sys.argv:
-        sys.exit("new_heads.py: FT priming has no inner loop, and so no new heads")
     prime.prime, identify = with_new_heads, prime.identify
     prime.identify = lambda *given: f"new heads {identify(*given)}"
     prime.run(prime.main)

@@ -169,7 +169,6 @@ def test_the_results_that_readme_tells_are_those_of_the_kept_runs():
         "1": ("full", f"--tune full --lr 5e-5 --epochs 3 {few}"), "2": ("none", f"{few} --tune head --lr 3e-2"),
         "3": ("none", few), "4": ("meta", ""), "5": ("ft", ""), "6": ("maml", ""), "7": ("one-step", ""),
     }
-    t = {2: 12.706, 3: 4.303, 5: 2.776}
     table = README.partition("## Results")[2].partition("\n- ")[0]
     head, _, *rows = [[cell.strip() for cell in row.split("|")[2:-1]] for row in re.findall(r"^\|.*", table, re.M)]
     names = re.findall(r"^\| (\d(?: − \d)?)", table, re.M)
@@ -179,11 +178,11 @@ def test_the_results_that_readme_tells_are_those_of_the_kept_runs():
         for (target, sentences), cell in zip(columns, row):
             one, *others = [evidence(*runs[number], target, sentences) for number in name.split(" − ")]
             f1 = [one[seed] - sum(other[seed] for other in others) for seed in sorted(one)]
-            spread = statistics.stdev(f1) if len(f1) > 1 else 0
-            half = t[len(f1)] * spread / len(f1) ** 0.5 if others else spread
+            spread = statistics.stdev(f1)
+            half = 2.776 * spread / 5**0.5 if others else spread  # t of 0.975 with four degrees of freedom
+            assert len(f1) == 5 or not others
             sign = "+" if others else ""
-            wanted = f"{statistics.mean(f1):{sign}.2f}±{half:.2f}" if len(f1) > 1 else f"{f1[0]:.2f}" if f1 else "–"
-            assert cell == wanted, (name, target, sentences)
+            assert cell == f"{statistics.mean(f1):{sign}.2f}±{half:.2f}", (name, target, sentences)
 
 
 def test_the_benchmark_of_a_step_runs():
