@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pandas
@@ -37,6 +38,7 @@ PRIMING = {  # the flags of prime.py; none: not primed, full: full fine-tuning t
     "ft-1000": ["--method", "ft", "--outer-lr", "2e-4", "--steps", "1000"],
     "meta-5e-4": ["--inner-lr", "0.3", "--outer-lr", "5e-4", "--steps", "300"],
     "meta-1e-4": ["--inner-lr", "0.3", "--outer-lr", "1e-4", "--steps", "300"],
+    "one-step-1000": ["--inner-lr", "0.3", "--inner-steps", "1", "--outer-lr", "2e-4", "--steps", "1000"],
     "meta-1000": ["--inner-lr", "0.3", "--outer-lr", "2e-4", "--steps", "1000"],
     "ft-half": [*STEPS, "--method", "ft", "--support", "8", "--query", "8"],  # as many as in line 9
     "new-heads": [*STEPS, "--inner-lr", "0.3"],
@@ -67,6 +69,22 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def provenance(args: argparse.Namespace, target: str) -> dict:
+    """What the run was made from: the commit, and CRC-32 checksums of the weights file and of the data files."""
+    model = sorted(Path(args.model).glob("*.safetensors"))
+    data = [path for language in ("en", "es", target) for path in sorted((Path(args.data) / language).iterdir())]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "model_crc32": file_checksum(model), "data_crc32": file_checksum(data)}
+
+
+def file_checksum(paths: list[Path]) -> str:
+    """CRC-32 of the files' bytes, one after the other; "hub" where there is no file."""
+    total = 0
+    for path in paths:
+        total = zlib.crc32(path.read_bytes(), total)
+    return f"{total:08x}" if paths else "hub"
+
+
 def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
     """Primes once, if something is missing in the results, and tunes what is missing."""
     wanted = [(target, size) for target in args.tgt for size in args.sizes]
@@ -93,7 +111,8 @@ def measure(priming: str, seed: int, args: argparse.Namespace) -> None:
             "--split", args.split, *tuning, "--results", results)
         (path,) = results.glob("*.json")
         line = json.loads(path.read_text())
-        slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT}}
+        slim = {**told, "asked": size, "prime": PRIMING[priming], **{name: line[name] for name in KEPT},
+                "versions": line["versions"], **provenance(args, target)}
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(slim) + "\n")
