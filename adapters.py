@@ -103,7 +103,7 @@ class Tagger(nn.Module):
             encoded += [s._replace(features=next(features)) for s in part]
         return encoded
 
-    def hoist(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
+    def encode_sets(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
         """`encode` for several sets of sentences."""
         encoded = iter(self.encode(sum(map(list, sets), [])))
         return [[next(encoded) for _ in part] for part in sets]

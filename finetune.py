@@ -73,7 +73,7 @@ def main() -> None:
         identity = prime.identify(args, [*encoder.parameters(), *saved.values()], train + test)
         if args.tune == "head" or args.tune == "adapter" and args.pe == "adapter":
             with torch.no_grad():  # θp stays: f(x; θp) once for all epochs and seeds
-                train, test = prime.build(args, None, encoder, train + test).hoist([train, test])
+                train, test = prime.build(args, None, encoder, train + test).encode_sets([train, test])
         for seed in dict.fromkeys(args.seeds):
             result = args.results / f"{language}-{seed}-{identity}.json"
             folder = args.save and args.save / f"{language}-{seed}"
@@ -144,8 +144,11 @@ def tune(args, model: Tagger, tuned: dict, sentences: list[Sentence], seed: int)
         batches += [[([], order[begin : begin + size])] for begin in range(0, len(order), size)]
         epoch += 1
     model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    optimizing = (prime.tag_loss, *prime.adamw(tuned.values(), args.lr, len(batches)))
-    steps = prime.prime(model, tuned, {}, {}, batches, *optimizing, inner_steps=0)
+    optimizer, scheduler = prime.adamw_with_linear_decay(tuned.values(), args.lr, len(batches))
+    steps = prime.prime(
+        model, theta_p=tuned, theta_a={}, theta_h={}, batches=batches, loss=prime.tag_loss,
+        optimizer=optimizer, scheduler=scheduler, inner_steps=0,
+    )
     bar = tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)
     for (loss,) in bar:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -1,7 +1,7 @@
 """Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
 
-`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime
-your own model, copy this file and iterate over `prime`: it needs torch and nothing else."""
+`python prime.py --src en es` does the paper's experiment and leaves θp* and θa* in `primed/`. To prime your
+own model, copy this file and iterate over `prime`. It needs torch alone: 2.4 or newer, tested with 2.13.0."""
 
 import argparse
 import json
@@ -10,125 +10,245 @@ import os
 import random
 import sys
 import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-Batch = Any  # whatever the loss takes
-Loss = Callable[[Callable[..., Any], Batch], Tensor]  # L(f_θ, D)
+Batch = Any  # whatever the loss accepts
+Task = tuple[Batch, Batch]  # a support set and a query set
+Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
 
 
 def prime(
-    model: nn.Module, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
-    batches: Iterable[Iterable[tuple[Batch, Batch]]], loss: Loss,
-    optimizer: torch.optim.Optimizer, schedule: LRScheduler, *,
+    model: nn.Module, *, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
+    batches: Iterable[Iterable[Task]], loss: Loss,
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None = None,
     inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False, second_order: bool = False,
-    hoist: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
+    encode: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
 ) -> Iterator[list[float]]:
-    """Algorithm 1 as a generator: each turn of the caller's loop is one meta step, which moves θ in
-    place and gives the query losses of its tasks. A call that nobody iterates does nothing.
+    """Algorithm 1 as a generator. Each iteration runs one meta step (lines 2 to 9), which updates the
+    parameters in place, and yields one query loss per task. Nothing happens until you iterate.
 
-    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require gradients
-        (theta_p is §3.1's θp without θa). A parameter in none of them is a constant.
-    batches: each is a list of tasks; a task is a pair of support and query set, in any form that
-        `loss` takes. They end, or the caller breaks the loop, when θ has "converged".
-    loss: L_Ti(f, D), a scalar, one function for all tasks. It calls `f(...)`, never `model(...)`.
-    optimizer, schedule: the "− β ∇" of line 9; the optimizer holds θp and θa.
-    inner_lr, inner_steps: α and S. maml: the red line, which moves θi_p too (the paper's ablation).
-    second_order: the exact meta-gradient; else line 4's `clone` alone ties θi to θ: dθi/dθ = 1 (§4.2).
-        Unless hoisted, f then needs attn_implementation="eager": fused attention raises RuntimeError.
-    hoist: gives back the support, or the query, sets of all tasks with f(x; θp) in the place of x.
-        Exact where θa and θh come after all of θp, without dropout there. Not used with `maml`.
+    model: f, g and h in one module. Call `model.eval()` first, so that the inner loop has no dropout.
+    theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require gradients:
+        pretrained, PE and head parameters (§3.1). A parameter in none of them is a constant.
+    batches: one list of (support, query) pairs per meta step; both sets are in any form that `loss`
+        accepts. Training ends when `batches` is exhausted or the caller breaks out of the loop.
+    loss: loss(model, batch) returns L_Ti, a scalar. The model's parameters are θi while it runs; use
+        those, because a tensor or module that the loss keeps from elsewhere is still at θ.
+    optimizer, scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
+    inner_lr, inner_steps: α and S. maml: the red line, which updates θi_p too (the paper's ablation).
+    second_order: differentiate through the inner steps. Otherwise their gradients are constants, so that
+        dθi/dθ = 1: the first-order approximation of §4.2. Fused attention has no second derivative.
+    encode: for θa and θh that follow all of θp, such as an adapter on top. It receives the support or
+        the query sets of all tasks and returns as many, in the same order, with f(x; θp) instead of x.
+        Then the inner steps do not run the encoder, and change nothing else. Not used with `maml`.
 
-    Call `model.eval()` before, unless `inner_steps` is 0. Raises ValueError as `check` says; that does
-    not see checkpointing in your own code, which would recompute activations with θ and not θi.
+    Raises ValueError, before anything is updated, for mistakes that would otherwise go unnoticed (see
+    `check_arguments`). Gradient hooks on tensors (`register_hook`) do not act on the inner loop.
     """
-    check(model, [theta_p, theta_a, theta_h], optimizer, inner_steps)
-    outer = [*theta_p.values(), *theta_a.values()]
-    inner = {**theta_a, **theta_h, **(theta_p if maml else {})}  # line 6's; θp: the red line
+    encode = None if maml else encode
+    inner_sets = {"theta_a": theta_a, "theta_h": theta_h}
+    if maml:
+        inner_sets["theta_p"] = theta_p  # the red line: line 6 updates θi_p too
+    check_arguments(model, theta_p, theta_a, theta_h, optimizer, scheduler, inner_lr, inner_steps)
+    check_checkpointing(model, inner_sets, second_order, encode)
+    inner_params = {name: p for part in inner_sets.values() for name, p in part.items()}
+    outer_params = [*theta_p.values(), *theta_a.values()]
+    f = FunctionalModel(model, loss, inner_sets)
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
-        supports, queries = support_and_query_sets(tasks)
-        if hoist and not maml:  # f(x; θp) once for all of lines 3 to 8, which do not move θp
-            queries = hoist(queries)  # first: older autocasts reuse casts of no_grad
-            with torch.set_grad_enabled(second_order):
-                supports = hoist(supports)
-        query_losses, theta_1 = [], {}
-        for support, query in zip(supports, queries, strict=True):  # 3: for all Ti in T do
-            theta_i = {n: p.clone() for n, p in inner.items()}  # 4: θi = θ
-            for _ in range(inner_steps):  # 5: for s = 1..S do
-                gradient = gradient_of(loss(at(model, theta_i), support), theta_i, second_order)
-                theta_i = {n: theta_i[n] - inner_lr * gradient[n] for n in theta_i}  # 6
-            # 7: end for
-            query_losses.append(loss(at(model, theta_i), query))  # 9's L_Ti
-            theta_1 = theta_1 or theta_i  # 9's θ1
-        # 8: end for
+        supports, queries = support_and_query_sets(tasks, encode, second_order)
         optimizer.zero_grad()
-        sum(query_losses).backward(inputs=outer)  # 9: ∇ of the sum over tasks
-        if any(t and all(p.grad is None for p in t.values()) for t in (theta_p, theta_a)):
-            raise ValueError("no gradient reaches θp or θa: does `hoist` detach the queries?")
+        query_losses, theta_of_first_task = [], {}
+        for support, query in zip(supports, queries):  # 3: for all Ti in T do
+            theta_i = {name: p.clone() for name, p in inner_params.items()}  # 4: θi = θ
+            for _ in range(inner_steps):  # 5: for s = 1..S do
+                grads = f.gradients(theta_i, support, create_graph=second_order)
+                theta_i = {name: theta_i[name] - inner_lr * grads[name] for name in theta_i}  # 6
+            # 7: end for
+            # L_Ti of line 9; backward() adds this task's term to ∇ Σ L_Ti, unless the tasks share f(x; θp)
+            query_losses.append(f.query_loss(theta_i, query, backward_to=None if encode else outer_params))
+            theta_of_first_task = theta_of_first_task or theta_i
+        # 8: end for
+        if encode:
+            sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
+        check_gradients(encode, theta_p=theta_p, theta_a=theta_a)
         optimizer.step()  # 9: θa and θp
-        schedule.step()
-        for name, parameter in theta_h.items():
-            parameter.data.copy_(theta_1[name])  # 9: θh = θ1_h
-        torch.clear_autocast_cache()  # or a caller's autocast would reuse the old θp
+        if scheduler:
+            scheduler.step()
+        for name, p in theta_h.items():
+            p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
+        torch.clear_autocast_cache()  # a caller's autocast would otherwise reuse casts of the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
-    return theta_p, theta_a  # 11: they were moved in place
+    return theta_p, theta_a  # 11: they were updated in place
 
 
-def at(model: nn.Module, theta: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """The paper's f_θ: `model` with the parameters `theta` in the place of its own."""
-    return lambda *args, **kwargs: functional_call(model, theta, args, kwargs)
+class FunctionalModel(nn.Module):
+    """The paper's f_θ: the loss and its gradient with `theta` instead of the model's own parameters.
+
+    The gradient is computed before the parameters are put back, because the backward pass may read them
+    again (activation checkpointing, parametrizations). Tied weights are replaced under all their names."""
+
+    def __init__(self, model: nn.Module, loss: Loss, sets: Mapping[str, Parameters]):
+        super().__init__()
+        self.model, self.loss, self.sets = model, loss, sets
+        names = {id(p): name for part in sets.values() for name, p in part.items()}
+        named = model.named_parameters(remove_duplicate=False)
+        self.aliases = {f"model.{alias}": names[id(p)] for alias, p in named if id(p) in names}
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def with_parameters(self, theta: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        """Returns function(), called while the parameters of `self.model` are `theta`."""
+        replaced = {alias: theta[name] for alias, name in self.aliases.items()}
+        return functional_call(self, replaced, (function,), tie_weights=False)
+
+    def scalar_loss(self, batch: Batch) -> Tensor:
+        value = self.loss(self.model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+            raise ValueError(f"loss must return a scalar tensor, not {type(value).__name__}{shape}")
+        if not value.requires_grad:
+            raise ValueError("the loss depends on no parameter: does it use the model that it receives?")
+        return value
+
+    def gradients(self, theta: Mapping[str, Tensor], batch: Batch, create_graph: bool) -> dict[str, Tensor]:
+        """∇_θ L(f_θ, D), by name; zero for a parameter on which the loss does not depend."""
+
+        def compute() -> Sequence[Tensor | None]:
+            inputs, options = [*theta.values()], {"create_graph": create_graph, "allow_unused": True}
+            return torch.autograd.grad(self.scalar_loss(batch), inputs, **options)
+
+        grads = dict(zip(theta, self.with_parameters(theta, compute)))
+        for name, part in self.sets.items():
+            if part and all(grads[n] is None for n in part):
+                raise ValueError(f"the loss of the support set does not depend on {name}")
+        return {n: torch.zeros_like(theta[n]) if grad is None else grad for n, grad in grads.items()}
+
+    def query_loss(self, theta: Mapping[str, Tensor], batch: Batch, backward_to: list | None) -> Tensor:
+        """L(f_θ, D), whose gradient is added to the .grad of the parameters in `backward_to`."""
+
+        def compute() -> Tensor:
+            value = self.scalar_loss(batch)
+            if backward_to is None:
+                return value
+            value.backward(inputs=backward_to)
+            return value.detach()
+
+        return self.with_parameters(theta, compute)
 
 
-def gradient_of(loss: Tensor, theta: Mapping[str, Tensor], second_order: bool) -> dict[str, Tensor]:
-    """∇_θ of the loss, by name; zero where the loss does not depend on a part of θ."""
-    found = torch.autograd.grad(loss, [*theta.values()], create_graph=second_order, allow_unused=True)
-    if all(gradient is None for gradient in found):
-        raise ValueError("no gradient reaches θi: the loss must call f(...), and not model(...)")
-    return {n: torch.zeros_like(loss) if g is None else g for n, g in zip(theta, found)}
-
-
-def support_and_query_sets(tasks: Iterable[tuple[Batch, Batch]]) -> Iterable[Sequence[Batch]]:
+def support_and_query_sets(
+    tasks: Iterable[Task], encode: Callable | None, second_order: bool
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """The support sets and the query sets of a batch of tasks, after `encode` if there is one."""
+    if not torch.is_grad_enabled():
+        raise ValueError("gradients are disabled: do not iterate over prime() under torch.no_grad()")
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks):
-        raise ValueError("a batch of tasks is a list of pairs (support, query), not empty")
-    return zip(*tasks)
+        raise ValueError("a batch of tasks must be a non-empty list of (support, query) pairs")
+    if any(isinstance(batch, Iterator) for task in tasks for batch in task):
+        raise ValueError("a support or query set must not be a generator: line 6 reads it in each step")
+    supports, queries = zip(*tasks)
+    if encode:
+        # queries first: autocast caches casts, and those made under no_grad would cut off θp's gradient
+        queries = list(encode(queries))
+        with torch.set_grad_enabled(second_order):
+            supports = list(encode(supports))
+        if not len(supports) == len(queries) == len(tasks):
+            found = f"{len(supports)} support and {len(queries)} query sets for {len(tasks)} tasks"
+            raise ValueError(f"encode must return one set for each that it receives, not {found}")
+    return supports, queries
 
 
-def check(model: nn.Module, sets: Sequence[Parameters], optimizer: Any, inner_steps: int):
-    """Raises ValueError, with the name and the remedy, for what would go wrong in silence."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    in_theta = [id(p) for theta in sets for p in theta.values()]
-    for theta in sets:
-        for name, p in theta.items():
-            if own.get(name) is not p:
-                raise ValueError(f"{name} is not the model's own: take θ from it as it is now")
-            if in_theta.count(id(p)) > 1:
-                raise ValueError(f"{name} is in θ twice: θp, θa and θh are disjoint")
+def check_arguments(
+    model: nn.Module, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
+    optimizer: torch.optim.Optimizer, scheduler: Any, inner_lr: float, inner_steps: int,
+) -> None:
+    """Raises ValueError for mistakes that would otherwise go unnoticed, with what to do."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("pass model.module, and sum gradients over processes in an optimizer hook")
+    if not isinstance(inner_steps, int) or inner_steps < 0:
+        raise ValueError(f"inner_steps must be an integer of at least 0, not {inner_steps}")
+    if not 0 < inner_lr < math.inf:
+        raise ValueError(f"inner_lr must be positive and finite, not {inner_lr}")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("ReduceLROnPlateau needs a metric in each step: step it in your own loop")
+    sets = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h}
+    for set_name, part in sets.items():
+        if not isinstance(part, Mapping):
+            kind = type(part).__name__
+            raise ValueError(f"{set_name} must be a dict of parameters by name, not a {kind}")
+    if inner_steps and not theta_p:
+        raise ValueError("theta_p is empty: collect it before a PE library freezes the model")
+    if inner_steps and not theta_a and not theta_h:
+        raise ValueError("theta_a and theta_h are empty: the inner loop has nothing to update")
+    model_params = dict(model.named_parameters(remove_duplicate=False))
+    optimized = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    seen = set()
+    for set_name, part in sets.items():
+        for name, p in part.items():
+            if model_params.get(name) is not p:
+                todo = "build the sets from model.named_parameters() after wrapping or moving it"
+                raise ValueError(f"{name} in {set_name} is not a parameter of this model: {todo}")
+            if id(p) in seen:
+                raise ValueError(f"{name} is in two sets: theta_p, theta_a, theta_h must be disjoint")
             if not p.requires_grad:
-                raise ValueError(f"{name} requires no gradient: call requires_grad_() first")
-            if held.count(id(p)) != (theta is not sets[2]):
-                raise ValueError(f"{name}: the optimizer must hold θp, θa once, not θh")
-    if inner_steps and not sets[2]:
-        raise ValueError("θh is empty: name the head, which line 6 moves")
+                raise ValueError(f"{name} in {set_name} is frozen: call requires_grad_() on it first")
+            if part is theta_h and optimized[id(p)]:
+                raise ValueError(f"{name}: the optimizer must not hold theta_h, which line 9 sets")
+            if part is not theta_h and optimized[id(p)] != 1:
+                found = f"it holds it {optimized[id(p)]} times"
+                raise ValueError(f"{name}: the optimizer must hold theta_p and theta_a once; {found}")
+            seen.add(id(p))
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.requires_grad and id(p) not in seen:
+            names = [name for name, q in model_params.items() if q is p] or ["a parameter"]
+            raise ValueError(f"the optimizer holds {names[0]}, which is in neither theta_p nor theta_a")
+
+
+def check_checkpointing(
+    model: nn.Module, inner_sets: Mapping[str, Parameters], second_order: bool, encode: Any
+) -> None:
+    """Raises ValueError where activation checkpointing would recompute a layer with θ instead of θi."""
+    inner = {id(p) for part in inner_sets.values() for p in part.values()}
     for name, module in model.named_modules():
-        wrapped = type(module).__name__ == "CheckpointWrapper"  # torch's
-        if wrapped or getattr(module, "gradient_checkpointing", False):
-            raise ValueError(f"{name}: checkpointing recomputes with θ for θi: turn it off")
+        by_torch = type(module).__name__ == "CheckpointWrapper"
+        by_transformers = getattr(module, "gradient_checkpointing", False) and module.training
+        if by_torch or by_transformers:
+            if second_order:
+                raise ValueError(f"{name}: turn off activation checkpointing, or second_order")
+            if encode and any(id(p) in inner for p in module.parameters()):
+                raise ValueError(f"{name} is in the inner loop: turn off its activation checkpointing")
 
 
-def adamw(parameters: Iterable[Tensor], lr: float, steps: int) -> tuple[Any, LRScheduler]:
-    """AdamW (Loshchilov and Hutter 2019), weight decay 0.01 (paper: not said); its rate falls to zero."""
+def check_gradients(encode: Any, **sets: Parameters) -> None:
+    """Raises ValueError if the sum of the query losses depends on no parameter of a set."""
+    for set_name, part in sets.items():
+        if part and all(p.grad is None for p in part.values()):
+            cause = ": does encode detach what it returns?" if encode else ""
+            raise ValueError(f"the query losses do not depend on {set_name}{cause}")
+
+
+def adamw_with_linear_decay(
+    parameters: Iterable[Tensor], lr: float, steps: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), whose rate falls
+    linearly from `lr` to 0 in `steps` steps. Raises ValueError if `steps` is not positive."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
@@ -235,9 +355,9 @@ def sample_batches(corpora, args, begin=0):
         yield tasks
 
 
-def tag_loss(f: Callable[..., Tensor], sentences: Batch) -> Tensor:
+def tag_loss(model: nn.Module, sentences: Batch) -> Tensor:
     """L_Ti: the mean cross-entropy over the words that have a piece."""
-    scores = f(sentences)
+    scores = model(sentences)
     tags = [tag for s in sentences for first, tag in zip(s.first, s.tags) if first >= 0]
     return nn.functional.cross_entropy(scores, torch.tensor(tags, device=scores.device))
 
@@ -284,14 +404,15 @@ def main() -> None:
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         model.train()  # dropout is for plain fine-tuning
     outer = [*theta_p.values(), *theta_a.values()]
-    optimizer, schedule = adamw(outer, args.outer_lr, args.steps)
-    parts = (model, optimizer, schedule)
+    optimizer, scheduler = adamw_with_linear_decay(outer, args.outer_lr, args.steps)
+    parts = (model, optimizer, scheduler)
     losses = continued(args, identity, *parts)
     steps = prime(
-        model, theta_p, theta_a, theta_h, sample_batches(corpora, args, len(losses)), tag_loss,
-        optimizer, schedule, inner_lr=args.inner_lr, inner_steps=inner_steps,
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, loss=tag_loss,
+        batches=sample_batches(corpora, args, len(losses)), optimizer=optimizer, scheduler=scheduler,
+        inner_lr=args.inner_lr, inner_steps=inner_steps,
         maml=args.method == "maml", second_order=args.second_order,
-        hoist=model.hoist if args.pe == "adapter" else None,  # bitfit: θa is in f
+        encode=model.encode_sets if args.pe == "adapter" else None,  # bitfit: θa is in f
     )
     bar = tqdm(steps, f"priming ({args.method})", args.steps, initial=len(losses), disable=None)
     for step, query_losses in enumerate(bar, start=len(losses) + 1):

@@ -7,6 +7,7 @@
 | §3.1: what the loss does not reach stays put | test_a_part_of_theta_without_gradient_stays_put |
 | §3.1: θp, θa, θh are disjoint and cover the model | test_sets_are_disjoint_and_cover_the_model |
 | Require: θ, tasks, L, and β's optimizer | test_wrong_use_is_refused_before_anything_moves |
+| Require: rates and steps | test_settings_that_cannot_train_are_refused |
 | line 1: "while" is the caller's | test_a_call_does_nothing_a_turn_is_a_meta_step_and_break_ends_it |
 | line 2: languages in turn; FT priming draws the same | test_support_and_query_are_disjoint |
 | lines 4 to 6: θi = θ; θp stays | test_inner_loop_starts_from_theta_and_moves_theta_p_in_maml_alone |
@@ -24,7 +25,7 @@
 | §4.2: first order approximates | test_second_order_is_exact_and_first_order_only_without_inner_steps |
 | §4.2: a transformer | test_second_order_gradient_of_a_transformer_equals_finite_differences |
 | §4.2: it needs second derivatives | test_a_kernel_without_a_second_derivative_is_refused |
-| §4.2: the backward pass is one at θi too | test_activation_checkpointing_is_refused |
+| §4.2: second derivatives are taken at θi | test_checkpointing_that_would_recompute_at_theta_is_refused |
 | §4.3: who moves; dropout in full fine-tuning alone | test_fine_tuning_leaves_the_rest_bit_identical |
 | §5.2: S = 0 is fine-tuning | test_without_inner_steps_the_gradient_is_that_of_fine_tuning |
 | vendoring: prime.py needs torch alone | test_prime_imports_torch_alone |
@@ -72,7 +73,7 @@ class Small(nn.Module):
     def features(self, x):
         return self.dropout(torch.tanh(self.f(x)) * self.constant + self.shift)
 
-    def hoist(self, batches):
+    def encode_sets(self, batches):
         return [(self.features(x), y) for x, y in batches]
 
     def forward(self, x):
@@ -92,9 +93,9 @@ def split_by_bias(model):
     return {n: p for n, p in body.items() if n not in biases}, biases, theta_h
 
 
-def small_loss(f, batch):
+def small_loss(model, batch):
     x, y = batch
-    return nn.functional.cross_entropy(f(x), y)
+    return nn.functional.cross_entropy(model(x), y)
 
 
 def make_tasks(count, seed=1, regression=False):
@@ -120,16 +121,20 @@ class Linear(nn.Sequential):
     sets = Small.sets
 
 
-def squared_loss(f, batch):
+def squared_loss(model, batch):
     x, y = batch
-    return (f(x) - y).square().sum() / (2 * len(x))
+    return (model(x) - y).square().sum() / (2 * len(x))
 
 
 def steps_of(model, batches, loss=small_loss, sets=None, lr=1e-2, steps=10, **settings):
     """Algorithm 1 with the paper's optimizer, not begun."""
     theta_p, theta_a, theta_h = sets or model.sets()
-    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], lr, steps)
-    return prime.prime(model, theta_p, theta_a, theta_h, batches, loss, optimizer, schedule, **settings)
+    outer_params = [*theta_p.values(), *theta_a.values()]
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer_params, lr, steps)
+    return prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=loss,
+        optimizer=optimizer, scheduler=scheduler, **settings,
+    )
 
 
 def meta_step(model, tasks, *more, **settings):
@@ -299,38 +304,89 @@ def test_sets_are_disjoint_and_cover_the_model(pe, demo):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def without_adapter(model, batch):
+    return nn.functional.cross_entropy(model.h(model.features(batch[0])), batch[1])
+
+
+def without_head(model, batch):
+    return nn.functional.cross_entropy(model.g(model.features(batch[0])), batch[1])
+
+
+def logits(model, batch):
+    return model(batch[0])
+
+
+def detached(model):
+    return torch.no_grad()(model.encode_sets)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize(
-    "told, spoil",
+    "message, break_it",
     [
-        ("^f.weight is not the model's", lambda use: setattr(use, "model", copy.deepcopy(use.model))),
-        ("^f.weight is not the model's", lambda use: setattr(use, "model", nn.Sequential(use.model))),
-        ("^f.weight is in θ twice", lambda use: use.theta_a.update(use.theta_p)),
-        ("^f.weight is in θ twice", lambda use: use.theta_h.update(use.theta_p)),
-        ("^g.weight is in θ twice", lambda use: use.theta_h.update(use.theta_a)),
-        ("^f.weight requires no gradient", lambda use: use.model.f.weight.requires_grad_(False)),
-        ("^h.bias requires no gradient", lambda use: use.model.h.bias.requires_grad_(False)),
-        ("^θh is empty", lambda use: use.theta_h.clear()),
-        ("^f.bias: the optimizer must hold", lambda use: use.held.pop(1)),
-        ("^g.weight: the optimizer must hold", lambda use: use.held.pop(2)),
-        ("^f.weight: the optimizer must hold", lambda use: use.held.append(use.held[0])),
-        ("^h.weight: the optimizer must hold", lambda use: use.held.append(use.model.h.weight)),
-        ("list of pairs", lambda use: use.tasks.clear()),
-        ("list of pairs", lambda use: use.tasks.append((1, 2, 3))),
-        ("list of pairs", lambda use: use.tasks.append({"input_ids": 1, "labels": 2})),
-        ("list of pairs", lambda use: use.tasks.append(torch.ones(2, 2))),
-        ("must call f", lambda use: setattr(use, "loss", lambda f, batch: small_loss(use.model, batch))),
+        ("^f.weight in theta_p is not a par", lambda args: setattr(args, "model", copy.deepcopy(args.model))),
+        ("^f.weight in theta_p is not a par", lambda args: setattr(args, "model", nn.Sequential(args.model))),
+        ("^theta_a must be a dict .* list", lambda args: setattr(args, "theta_a", [*args.theta_a])),
+        ("^f.weight is in two sets", lambda args: args.theta_a.update(args.theta_p)),
+        ("^f.weight is in two sets", lambda args: args.theta_h.update(args.theta_p)),
+        ("^g.weight is in two sets", lambda args: args.theta_h.update(args.theta_a)),
+        ("^f.weight in theta_p is frozen", lambda args: args.model.f.weight.requires_grad_(False)),
+        ("^h.bias in theta_h is frozen", lambda args: args.model.h.bias.requires_grad_(False)),
+        ("^theta_p is empty", lambda args: args.theta_p.clear()),
+        ("^theta_a and theta_h are empty", lambda args: (args.theta_a.clear(), args.theta_h.clear())),
+        ("^f.bias: the optimizer must hold .* 0 times", lambda args: args.optimized.pop(1)),
+        ("^g.weight: the optimizer must hold .* 0 times", lambda args: args.optimized.pop(2)),
+        ("^f.weight: the optimizer .* 2 times", lambda args: args.optimized.append(args.optimized[0])),
+        ("^h.weight: the optimizer must not", lambda args: args.optimized.append(args.model.h.weight)),
+        ("optimizer holds constant,", lambda args: args.optimized.append(args.model.constant)),
+        ("optimizer holds a parameter,", lambda args: args.optimized.append(nn.Parameter(torch.ones(1)))),
+        ("list of .* pairs", lambda args: args.tasks.clear()),
+        ("list of .* pairs", lambda args: args.tasks.append((1, 2, 3))),
+        ("list of .* pairs", lambda args: args.tasks.append({"input_ids": 1, "labels": 2})),
+        ("list of .* pairs", lambda args: args.tasks.append(torch.ones(2, 2))),
+        ("must not be a generator", lambda args: args.tasks.append((iter([1]), 2))),
+        ("must return a scalar tensor, not float", lambda args: setattr(args, "loss", lambda *_: 1.0)),
+        ("must return a scalar tensor, not NoneType", lambda args: setattr(args, "loss", lambda *_: None)),
+        ("scalar tensor, not Tensor of shape .6, 3.$", lambda args: setattr(args, "loss", logits)),
+        ("depends on no parameter", lambda args: setattr(args, "loss", lambda *_: torch.tensor(1.0))),
+        ("depends on no parameter", lambda args: setattr(args, "loss", torch.no_grad()(small_loss))),
+        ("does not depend on theta_h", lambda args: setattr(args, "loss", without_head)),
+        ("inner_steps must be", lambda args: args.settings.update(inner_steps=-1)),
+        ("inner_steps must be", lambda args: args.settings.update(inner_steps=2.0)),
+        ("inner_lr must be", lambda args: args.settings.update(inner_lr=-0.1)),
+        ("inner_lr must be", lambda args: args.settings.update(inner_lr=float("nan"))),
+        ("encode must return one set", lambda args: args.settings.update(encode=lambda sets: sets[1:])),
+        ("encode must return one set", lambda args: args.settings.update(encode=lambda sets: 2 * sets)),
+        ("does encode detach", lambda args: args.settings.update(encode=detached(args.model))),
     ],
 )
 @pytest.mark.parametrize("inner_steps", [1, 5])
-def test_wrong_use_is_refused_before_anything_moves(inner_steps, told, spoil):
-    use = Namespace(model=Small(), tasks=make_tasks(2), loss=small_loss)
-    use.theta_p, use.theta_a, use.theta_h = sets = use.model.sets()
-    use.held = [*use.theta_p.values(), *use.theta_a.values()]
-    spoil(use)
-    optimizer = prime.adamw(use.held, 1e-2, 10)
-    steps = prime.prime(use.model, *sets, [use.tasks], use.loss, *optimizer, inner_steps=inner_steps)
-    assert_refused(steps, use.model, told)
+def test_wrong_use_is_refused_before_anything_moves(inner_steps, message, break_it):
+    args = Namespace(model=Small(), tasks=make_tasks(2), loss=small_loss)
+    args.settings = {"inner_steps": inner_steps}
+    args.theta_p, args.theta_a, args.theta_h = args.model.sets()
+    args.optimized = [*args.theta_p.values(), *args.theta_a.values()]
+    break_it(args)
+    steps = prime.prime(
+        args.model, theta_p=args.theta_p, theta_a=args.theta_a, theta_h=args.theta_h, batches=[args.tasks],
+        loss=args.loss, optimizer=torch.optim.AdamW(args.optimized), **args.settings,
+    )
+    assert_refused(steps, args.model, message)
+
+
+def test_settings_that_cannot_train_are_refused():
+    """A scheduler that wants a metric, no gradients, a wrapped model, a rate that would never fall."""
+    model, tasks = Small(), make_tasks(1)
+    theta_p, theta_a, theta_h = model.sets()
+    optimizer = torch.optim.AdamW([*theta_p.values(), *theta_a.values()])
+    settings = dict(theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=[tasks], loss=small_loss)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    steps = prime.prime(model, optimizer=optimizer, scheduler=scheduler, **settings)
+    assert_refused(steps, model, "ReduceLROnPlateau")
+    with torch.no_grad():
+        assert_refused(prime.prime(model, optimizer=optimizer, **settings), model, "gradients are disabled")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        prime.adamw_with_linear_decay(theta_p.values(), 1e-3, 0)
 
 
 def test_a_call_does_nothing_a_turn_is_a_meta_step_and_break_ends_it():
@@ -366,11 +422,11 @@ def test_support_and_query_are_disjoint():
 def test_inner_loop_starts_from_theta_and_moves_theta_p_in_maml_alone(maml):
     """To the bit: θi = θ at first; θp stays but for the red line; the model stays until line 9."""
     model, own = Small(), []
-    before = copy.deepcopy(model.state_dict())
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
 
-    def watching_loss(f, batch):
-        own.append(copy.deepcopy(model.state_dict()))
-        return small_loss(f, batch)
+    def watching_loss(model, batch):
+        own.append({**before, **{name: p.detach().clone() for name, p in parameters.items()}})
+        return small_loss(model, batch)
 
     meta_step(model, make_tasks(3), watching_loss, inner_steps=5, inner_lr=0.5, maml=maml)
     assert len(own) == len(model.calls) == 3 * (5 + 1)
@@ -414,7 +470,7 @@ def test_inner_steps_keep_nothing_for_the_meta_gradient():
 def test_hoisting_changes_no_gradient(maml):
     """Where the inner loop moves θp, f(x; θp) is not invariant, and `hoist` is not used."""
     tasks, hoisted, textbook = make_tasks(2), Small(), Small()
-    meta_step(hoisted, tasks, hoist=hoisted.hoist, maml=maml)
+    meta_step(hoisted, tasks, encode=hoisted.encode_sets, maml=maml)
     meta_step(textbook, tasks, maml=maml)
     for p, q in zip(hoisted.parameters(), textbook.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
@@ -425,7 +481,7 @@ def test_hoisting_changes_no_gradient(maml):
 def test_encoding_happens_once_a_set_whatever_the_number_of_inner_steps(steps, demo):
     model, tasks, pieces = demo_tagger(demo, "adapter"), demo_tasks(demo, 3), []
     model.encoder.register_forward_hook(lambda _, inputs, __: pieces.append(inputs[0].count_nonzero()))
-    meta_step(model, tasks, prime.tag_loss, lr=1e-4, inner_steps=steps, hoist=model.hoist)
+    meta_step(model, tasks, prime.tag_loss, lr=1e-4, inner_steps=steps, encode=model.encode_sets)
     assert pieces == [sum(len(s.pieces) for task in tasks for s in task[k]) for k in (1, 0)]
 
 
@@ -494,8 +550,8 @@ def test_under_autocast_each_step_uses_the_new_weights(form):
     batches = [[tuple((x.float(), y) for x, y in task) for task in make_tasks(2, seed)] for seed in range(3)]
     models, runs = [Small().float() for _ in range(3)], []
     for model in models:
-        hoist = model.hoist if form == "hoisted" else None
-        runs.append(steps_of(model, batches, lr=0.5, maml=form == "maml", hoist=hoist))
+        encode = model.encode_sets if form == "hoisted" else None
+        runs.append(steps_of(model, batches, lr=0.5, maml=form == "maml", encode=encode))
     in_one, in_each, in_float32 = runs
     with torch.autocast("cpu", torch.bfloat16):
         losses = list(in_one)
@@ -538,8 +594,8 @@ def test_adapter_and_head_start_as_the_papers_do(demo):
 def test_meta_gradient_of_a_transformer_equals_copies_with_sgd(maml, pe, demo):
     model, tasks = demo_tagger(demo, pe), demo_tasks(demo)
     expected = copying_meta_gradient(model, model.sets(), padded_loss, tasks, 5, 0.03, maml)
-    hoist = model.hoist if pe == "adapter" else None
-    meta_step(model, tasks, prime.tag_loss, lr=1e-4, maml=maml, hoist=hoist)
+    encode = model.encode_sets if pe == "adapter" else None
+    meta_step(model, tasks, prime.tag_loss, lr=1e-4, maml=maml, encode=encode)
     assert_equals_oracle(model, expected, 1e-9)
 
 
@@ -555,7 +611,8 @@ def test_second_order_is_exact_and_first_order_only_without_inner_steps(steps, f
         units = torch.eye(sum(p.numel() for p in part), dtype=torch.float64)
         slopes = [slope(model, part, unit, moving, small_loss, tasks, 0.5, steps) for unit in units]
         exact.append((part, torch.tensor(slopes, dtype=torch.float64)))
-    settings = dict(inner_steps=steps, maml=form == "maml", hoist=model.hoist if form == "hoisted" else None)
+    encode = model.encode_sets if form == "hoisted" else None
+    settings = dict(inner_steps=steps, maml=form == "maml", encode=encode)
     for second_order in (True, False):
         model.load_state_dict(before)
         meta_step(model, tasks, sets=sets, inner_lr=0.5, second_order=second_order, **settings)
@@ -575,7 +632,7 @@ def test_second_order_gradient_of_a_transformer_equals_finite_differences(maml, 
     for part in ([*theta_p.values()], [*theta_a.values()]):
         direction = torch.randn(sum(p.numel() for p in part), generator=chance, dtype=torch.float64)
         slopes.append((part, direction, slope(model, part, direction, moving, padded_loss, tasks, 0.01, 5)))
-    settings = dict(maml=maml, hoist=model.hoist if pe == "adapter" else None, second_order=True)
+    settings = dict(maml=maml, encode=model.encode_sets if pe == "adapter" else None, second_order=True)
     meta_step(model, tasks, prime.tag_loss, lr=1e-4, inner_lr=0.01, **settings)
     for part, direction, right in slopes:
         ours = parameters_to_vector([p.grad for p in part]) @ direction
@@ -588,14 +645,18 @@ def test_a_kernel_without_a_second_derivative_is_refused(demo):
     assert_refused(steps, model, "scaled_dot_product", RuntimeError)
 
 
-def test_activation_checkpointing_is_refused(demo):
-    """It computes f again in the backward pass, with the model's θ and not θi."""
-    of_transformers, of_torch = demo_tagger(demo, "bitfit"), Small()
-    of_transformers.encoder.gradient_checkpointing_enable()
-    of_torch.g = checkpoint_wrapper(of_torch.g)
-    steps = steps_of(of_transformers, [demo_tasks(demo)], prime.tag_loss)
-    assert_refused(steps, of_transformers, "^encoder.*: checkpointing")
-    assert_refused(steps_of(of_torch, [make_tasks(2)]), of_torch, "^g: checkpointing")
+def test_checkpointing_that_would_recompute_at_theta_is_refused(demo):
+    """Second derivatives, and an encoded adapter or head, are computed after the substitution has ended."""
+    by_transformers, by_torch = demo_tagger(demo, "bitfit", "eager"), Small()
+    by_transformers.encoder.train()
+    by_transformers.encoder.gradient_checkpointing_enable()
+    by_torch.g = checkpoint_wrapper(by_torch.g)
+    steps = steps_of(by_transformers, [demo_tasks(demo)], prime.tag_loss, second_order=True)
+    assert_refused(steps, by_transformers, "^encoder.*: turn off activation checkpointing")
+    steps = steps_of(by_torch, [make_tasks(2)], second_order=True)
+    assert_refused(steps, by_torch, "^g: turn off activation checkpointing")
+    steps = steps_of(by_torch, [make_tasks(2)], encode=by_torch.encode_sets)
+    assert_refused(steps, by_torch, "^g is in the inner loop")
 
 
 @pytest.mark.parametrize("moves", ["full", "head", *PE])
@@ -612,9 +673,9 @@ def test_fine_tuning_leaves_the_rest_bit_identical(moves, demo, monkeypatch):
     assert tuned.keys() == {*theta_a, *theta_h, *(theta_p if moves == "full" else ())}
     before = copy.deepcopy(model.state_dict())
 
-    def watching_loss(f, batch):
+    def watching_loss(model, batch):
         modes.update(module.training for module in model.modules())
-        return tag_loss(f, batch)
+        return tag_loss(model, batch)
 
     monkeypatch.setattr(prime, "tag_loss", watching_loss)
     finetune.tune(args, model, tuned, sentences, seed=0)

@@ -70,11 +70,13 @@ def lines(path: Path) -> list[dict]:
 
 
 def provenance(args: argparse.Namespace, target: str) -> dict:
-    """What the run was made from: the commit, and CRC-32 checksums of the weights file and of the data files."""
+    """What the run was made from: the commit, and CRC-32 checksums of the weights and data files."""
     model = sorted(Path(args.model).glob("*.safetensors"))
-    data = [path for language in ("en", "es", target) for path in sorted((Path(args.data) / language).iterdir())]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "model_crc32": file_checksum(model), "data_crc32": file_checksum(data)}
+    folders = [Path(args.data) / language for language in ("en", "es", target)]
+    data = [path for folder in folders for path in sorted(folder.iterdir())]
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    checksums = {"model_crc32": file_checksum(model), "data_crc32": file_checksum(data)}
+    return {"commit": revision.stdout.strip(), **checksums}
 
 
 def file_checksum(paths: list[Path]) -> str:

@@ -24,10 +24,10 @@ LABELS = {"inner_steps": "inner steps S", "tasks": "tasks", "support": "support 
 
 def measure(model, corpora, args):
     """By axis, way and size: the ratios of time and of memory."""
-    sets = model.sets()
+    theta_p, theta_a, theta_h = sets = model.sets()
     outer = [*sets[0].values(), *sets[1].values()]
-    optimizer, schedule = prime.adamw(outer, 1e-6, 10**9)
-    whole, _ = prime.adamw([p for part in sets for p in part.values()], 1e-6, 10**9)
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer, 1e-6, 10**9)
+    whole, _ = prime.adamw_with_linear_decay([p for part in sets for p in part.values()], 1e-6, 10**9)
 
     def fine_tune(tasks, inner_steps):
         whole.zero_grad()
@@ -35,11 +35,13 @@ def measure(model, corpora, args):
         whole.step()
 
     def meta(tasks, inner_steps, **how):
-        for _ in prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule,
-                             inner_steps=inner_steps, inner_lr=1e-3, **how):
+        for _ in prime.prime(
+            model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=[tasks], loss=prime.tag_loss,
+            optimizer=optimizer, scheduler=scheduler, inner_steps=inner_steps, inner_lr=1e-3, **how,
+        ):
             pass
 
-    ways = {"hoisted": {"hoist": model.hoist}, "looped": {}, "maml": {"maml": True}}
+    ways = {"hoisted": {"encode": model.encode_sets}, "looped": {}, "maml": {"maml": True}}
     found = {}
     for axis, sizes in AXES.items():
         for size in tqdm(sizes, axis, disable=None):

@@ -18,10 +18,10 @@ import prime
 algorithm_1 = prime.prime
 
 
-def with_new_heads(model, theta_p, theta_a, theta_h, *others, **settings):
+def with_new_heads(model, *, theta_h, **settings):
     if not theta_h:
         raise prime.BadInput("--method ft has no inner loop, and so no new heads")
-    for query_losses in algorithm_1(model, theta_p, theta_a, theta_h, *others, **settings):
+    for query_losses in algorithm_1(model, theta_h=theta_h, **settings):
         nn.init.normal_(theta_h["head.weight"], std=0.02)  # as `Tagger` draws it
         nn.init.zeros_(theta_h["head.bias"])
         yield query_losses

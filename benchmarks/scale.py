@@ -39,10 +39,13 @@ def measure(encoder, corpora, c, alpha, args):
     with torch.no_grad():
         features = torch.cat([s.features for s in model.encode(corpora[0][:100])])
     theta_p, theta_a, theta_h = model.sets()
-    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
+    outer = [*theta_p.values(), *theta_a.values()]
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer, args.outer_lr, args.steps)
     batches, losses = prime.sample_batches(corpora, args), []
-    steps = prime.prime(model, theta_p, theta_a, theta_h, batches, prime.tag_loss, optimizer, schedule,
-                        inner_lr=alpha, hoist=model.hoist)
+    steps = prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=prime.tag_loss,
+        optimizer=optimizer, scheduler=scheduler, inner_lr=alpha, encode=model.encode_sets,
+    )
     for query_losses in tqdm(steps, f"c = {c:g}, α = {alpha:g}", args.steps, disable=None):
         losses.append(sum(query_losses) / len(query_losses))
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))

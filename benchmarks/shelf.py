@@ -144,9 +144,12 @@ def prime_or_train(job, encoder, tokenizer, args):
             trainer_of(OnTop(model), tokenizer, sentences, args, folder, **more).train()
     else:
         theta_p, theta_a, theta_h = model.sets()
-        optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 5e-5, args.steps)
-        for _ in prime.prime(model, theta_p, theta_a, theta_h, batches, prime.tag_loss, optimizer, schedule,
-                             hoist=model.hoist):
+        outer = [*theta_p.values(), *theta_a.values()]
+        optimizer, scheduler = prime.adamw_with_linear_decay(outer, 5e-5, args.steps)
+        for _ in prime.prime(
+            model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=prime.tag_loss,
+            optimizer=optimizer, scheduler=scheduler, encode=model.encode_sets,
+        ):
             pass
     return {"training": time.perf_counter() - began}
 

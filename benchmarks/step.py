@@ -85,13 +85,15 @@ def add(sets, gradients):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def ways_of_a_meta_step(model, optimizer, schedule):
+def ways_of_a_meta_step(model, optimizer, scheduler):
     """By name, what takes a batch of tasks and a number of inner steps."""
-    sets = model.sets()
+    theta_p, theta_a, theta_h = sets = model.sets()
 
     def ours(tasks, inner_steps, **options):
-        steps = prime.prime(model, *sets, [tasks], prime.tag_loss, optimizer, schedule, inner_lr=INNER_LR,
-                            inner_steps=inner_steps, **options)
+        steps = prime.prime(
+            model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=[tasks], loss=prime.tag_loss,
+            optimizer=optimizer, scheduler=scheduler, inner_lr=INNER_LR, inner_steps=inner_steps, **options,
+        )
         for _query_losses in steps:
             pass
 
@@ -100,8 +102,8 @@ def ways_of_a_meta_step(model, optimizer, schedule):
         step(model, sets, tasks, inner_steps)
         optimizer.step()
 
-    ways = {"meta step": functools.partial(ours, hoist=model.hoist), "textbook meta step": ours,
-            "meta step, second order": functools.partial(ours, hoist=model.hoist, second_order=True)}
+    ways = {"meta step": functools.partial(ours, encode=model.encode_sets), "textbook meta step": ours,
+            "meta step, second order": functools.partial(ours, encode=model.encode_sets, second_order=True)}
     for name, step in {"higher": higher_step, "torchopt": torchopt_step}.items():
         try:
             __import__(name)
@@ -293,15 +295,16 @@ def main():
     model, corpora = load(args)
     theta_p, theta_a, theta_h = model.sets()
     outer = [*theta_p.values(), *theta_a.values()]
-    optimizer, schedule = prime.adamw(outer, 1e-6, 10**9)  # hardly moves: every round measures the same model
-    tuning, _ = prime.adamw([*outer, *theta_h.values()], 1e-6, 10**9)
+    # hardly moves: every round measures the same model
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer, 1e-6, 10**9)
+    tuning, _ = prime.adamw_with_linear_decay([*outer, *theta_h.values()], 1e-6, 10**9)
 
     def fine_tuning_step(tasks):
         tuning.zero_grad()
         prime.tag_loss(model, [sentence for _, query in tasks for sentence in query]).backward()
         tuning.step()
 
-    ways = ways_of_a_meta_step(model, optimizer, schedule)
+    ways = ways_of_a_meta_step(model, optimizer, scheduler)
     compare_meta_gradients(model, ways, draw(corpora, args), tolerance=5e-2 if args.bf16 else 1e-4)
     rows = rows_of_the_table(model, ways, fine_tuning_step, args.only)
     batches = [draw(corpora, args, step) for step in range(args.rounds + 2)]

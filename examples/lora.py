@@ -43,10 +43,12 @@ def main() -> None:
     model.requires_grad_()  # peft froze θp, which line 9 moves
     theta_p, _, theta_h = model.sets()
     theta_a = {name: theta_p.pop(name) for name in [*theta_p] if ".lora_" in name}
-    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
+    outer = [*theta_p.values(), *theta_a.values()]
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer, args.outer_lr, args.steps)
     steps = prime.prime(
-        model, theta_p, theta_a, theta_h, prime.sample_batches(corpora, args), prime.tag_loss, optimizer,
-        schedule, inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, loss=prime.tag_loss,
+        batches=prime.sample_batches(corpora, args), optimizer=optimizer, scheduler=scheduler,
+        inner_lr=args.inner_lr, inner_steps=args.inner_steps, maml=args.method == "maml",
         second_order=args.second_order,
     )
     for query_losses in tqdm(steps, "priming", args.steps, disable=None):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # or copy prime.py here
-from prime import adamw, prime
+from prime import adamw_with_linear_decay, prime
 
 
 def draw_task():
@@ -24,8 +24,8 @@ def draw_task():
     return [(x, amplitude * torch.sin(x - phase)) for x in points]
 
 
-def loss(f, batch):
-    return nn.functional.mse_loss(f(batch[0]), batch[1])
+def loss(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 torch.manual_seed(0)
@@ -37,9 +37,12 @@ model = nn.Sequential(OrderedDict(
 not_primed, meta_steps = copy.deepcopy(model), 2000
 theta_p, theta_a, theta_h = ({n: p for n, p in model.named_parameters() if n.startswith(part)}
                              for part in (("below", "above"), "adapter", "head"))
-optimizer, schedule = adamw([*theta_p.values(), *theta_a.values()], lr=3e-3, steps=meta_steps)
+outer = [*theta_p.values(), *theta_a.values()]
+optimizer, scheduler = adamw_with_linear_decay(outer, lr=3e-3, steps=meta_steps)
 batches = ([draw_task()[:2] for _ in range(4)] for _ in range(meta_steps))
-meta_training = prime(model, theta_p, theta_a, theta_h, batches, loss, optimizer, schedule, inner_lr=0.01)
+meta_training = prime(
+    model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=loss,
+    optimizer=optimizer, scheduler=scheduler, inner_lr=0.01)
 for _query_losses in meta_training:  # each turn is a meta step
     pass
 

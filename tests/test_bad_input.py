@@ -213,7 +213,7 @@ def test_the_loaders_load_or_give_one_error_for_mutated_files(kind, unfinished, 
     encoder = copy.deepcopy(encoder).float()
     model = adapters.Tagger(encoder, 7, bottleneck=8)
     theta_p, theta_a, theta_h = model.sets()
-    parts = model, *prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 12)
+    parts = model, *prime.adamw_with_linear_decay([*theta_p.values(), *theta_a.values()], 1e-2, 12)
     original = ((primed if kind != "checkpoint.pt" else unfinished[0] / "primed") / kind).read_bytes()
     if kind == "priming.json":
         identity = json.loads(original)["run"]

@@ -147,7 +147,7 @@ def test_second_order_runs_from_the_command_and_gives_another_theta(pe, tmp_path
 def test_flags_reach_algorithm_1_and_dropout_is_on_in_ft_priming(method, pe, more, monkeypatch, tmp_path):
     seen = Namespace(tasks=[])
 
-    def spy(model, theta_p, theta_a, theta_h, batches, *rest, **settings):
+    def spy(model, *, theta_p, theta_a, theta_h, batches, **settings):
         seen.training = {module.training for module in model.modules()}
         seen.settings = settings
         for tasks in batches:
@@ -165,7 +165,7 @@ def test_flags_reach_algorithm_1_and_dropout_is_on_in_ft_priming(method, pe, mor
     assert seen.training == {method == "ft"}
     assert (told["maml"], told["second_order"], told["inner_lr"]) == (method == "maml", bool(more), 0.2)
     assert told["inner_steps"] == (0 if method == "ft" else 2)
-    assert told["hoist"] is None or pe == "adapter"  # only where it is exact
+    assert told["encode"] is None or pe == "adapter"  # only where it is exact
     assert seen.tasks == 3 * 4 * [[0, 11] if method == "ft" else [5, 6]]
 
 

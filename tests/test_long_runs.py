@@ -268,8 +268,8 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(fl
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypatch, tmp_path):
     steps, loss = itertools.count(1), prime.tag_loss
 
-    def sharp(f, sentences):  # the root has an infinite slope at zero
-        scores = f(sentences)
+    def sharp(model, sentences):  # the root has an infinite slope at zero
+        scores = model(sentences)
         more = torch.sqrt(0 * scores.sum()) if next(steps) > 24 else 0
         return loss(lambda _: scores, sentences) + more
 
@@ -312,7 +312,7 @@ def prime_a_share(rank, count, port, path):
     model = Small()
     theta_p, theta_a, theta_h = model.sets()
     outer = [*theta_p.values(), *theta_a.values()]
-    optimizer, schedule = prime.adamw(outer, 1e-2, 10)
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer, 1e-2, 10)
 
     def sum_gradients(*given):
         for p in outer:
@@ -321,7 +321,10 @@ def prime_a_share(rank, count, port, path):
     optimizer.register_step_pre_hook(sum_gradients)
     share = 4 // count
     batches = [make_tasks(4, seed)[share * rank : share * (rank + 1)] for seed in range(3)]
-    for _ in prime.prime(model, theta_p, theta_a, theta_h, batches, small_loss, optimizer, schedule):
+    for _ in prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=small_loss,
+        optimizer=optimizer, scheduler=scheduler,
+    ):
         for p in theta_h.values():
             torch.distributed.broadcast(p.data, 0)
     torch.save(model.state_dict(), f"{path}-{rank}")

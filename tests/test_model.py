@@ -157,10 +157,12 @@ def test_a_hoist_that_detaches_theta_p_from_the_query_sets_is_told(demo):
     model = adapters.Tagger(copy.deepcopy(demo[0]), 7, bottleneck=8).double().eval()
     theta_p, theta_a, theta_h = model.sets()
     before = copy.deepcopy(model.state_dict())
-    optimizer, schedule = prime.adamw([*theta_p.values(), *theta_a.values()], 1e-2, 10)
+    optimizer, scheduler = prime.adamw_with_linear_decay([*theta_p.values(), *theta_a.values()], 1e-2, 10)
     batches = [[(demo[2][:5], demo[2][5:10])]]
-    steps = prime.prime(model, theta_p, theta_a, theta_h, batches, prime.tag_loss, optimizer, schedule,
-                        hoist=torch.no_grad()(model.hoist))
-    with pytest.raises(ValueError, match="no gradient reaches θp"):
+    steps = prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=prime.tag_loss,
+        optimizer=optimizer, scheduler=scheduler, encode=torch.no_grad()(model.encode_sets),
+    )
+    with pytest.raises(ValueError, match="do not depend on theta_p: does encode detach"):
         next(steps)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
