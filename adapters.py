@@ -1,32 +1,38 @@
-"""The model of §4, h(g(f(x; θp); θa); θh), and its three named sets of parameters.
+"""The model of §4, h(g(f(x; θp); θa); θh), its input, and what both commands share."""
 
-f: an encoder of `AutoModel`; g: an adapter on top, or else θa is a part of f; h: a linear head on words."""
-
+import argparse
+import json
+import os
+import re
+import shutil
 import sys
-from contextlib import suppress
-from fnmatch import fnmatch
-from typing import Any, NamedTuple, Sequence
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+ParameterSets = NamedTuple("ParameterSets", [("p", dict), ("a", dict), ("h", dict)])  # by name
 
 
 class Sentence(NamedTuple):
     words: list[str]
     tags: list[int]
-    pieces: list[int]  # special tokens included
-    first: list[int]  # of each word, the position of its first piece; -1 if it has none
+    input_ids: list[int]  # word pieces, with special tokens
+    word_starts: list[int]  # position of each word's first piece, -1 if it has none
     features: Tensor | None = None  # f(x; θp) of the words that have a piece, [words, hidden]
 
 
 class Adapter(nn.Module):
-    """Houlsby et al. 2019, §2.1: down-projection, non-linearity, up-projection, skip connection.
-    It starts near the identity: weights normal with std 1e-2, truncated at two std, biases zero."""
+    """Houlsby et al. 2019, §2.1: a bottleneck with a skip connection. It starts near the identity:
+    weights normal with std 1e-2, truncated at two std; biases zero."""
 
     def __init__(self, hidden: int, bottleneck: int = 64):
         super().__init__()
-        self.down = nn.Linear(hidden, bottleneck)
-        self.up = nn.Linear(bottleneck, hidden)
+        self.down, self.up = nn.Linear(hidden, bottleneck), nn.Linear(bottleneck, hidden)
         for layer in (self.down, self.up):
             nn.init.trunc_normal_(layer.weight, std=1e-2, a=-2e-2, b=2e-2)
             nn.init.zeros_(layer.bias)
@@ -36,111 +42,360 @@ class Adapter(nn.Module):
 
 
 class Tagger(nn.Module):
-    """An encoder, a head of `num_tags` classes, and θa as §3.1 has it: additional parameters (`pe` is
-    "adapter": on top), a small subset of the encoder's ("bitfit": its biases, Ben Zaken et al. 2022),
-    or none (None). The head starts as BERT's own do: normal with std 0.02, zero bias. A pooler
-    cannot affect the tag of a word: it is saved with the encoder, but is in no set and not counted."""
+    """f, an encoder of `AutoModel`, with g and h. θa is, by §3.1, new parameters ("adapter": g, on
+    top), a small subset of f's ("bitfit": its biases, Ben Zaken et al. 2022) or nothing (None). The
+    head starts as BERT's own heads do: normal with std 0.02, zero bias."""
 
-    def __init__(self, encoder: nn.Module, num_tags: int, pe: str | None = "adapter", bottleneck: int = 64):
+    def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=64):
         super().__init__()
         hidden = encoder.config.hidden_size
         self.encoder, self.pe, self.bf16 = encoder, pe, False
-        self.first_position = None  # of a sentence in a packed row; None: do not pack
+        self.position_offset = None  # a sentence's first position in a packed row; None: no packing
         self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if pe and not self.sets()[1]:
-            raise ValueError(f"{encoder.config.model_type} has no part for {pe}")
+        has_theta_a = not pe or self.split_parameters().a
+        expect(has_theta_a, f"--pe {pe}: {encoder.config.model_type} has no such parameters")
 
-    def sets(self) -> tuple[dict[str, nn.Parameter], ...]:
-        """θp, θa and θh: disjoint, and together the whole model but for the pooler."""
-        theta = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
-        theta_h = {n: theta.pop(n) for n in [*theta] if n.startswith("head.")}
-        pattern = "*bias" if self.pe == "bitfit" else "adapter.*"
-        theta_a = {n: theta.pop(n) for n in [*theta] if fnmatch(n, pattern)}
-        return theta, theta_a, theta_h
+    def split_parameters(self) -> ParameterSets:
+        """θp, θa and θh: disjoint. BERT's pooler, which no tag depends on, is in none of them."""
+        theta_p = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
+        theta_h = {n: theta_p.pop(n) for n in [*theta_p] if n.startswith("head.")}
+        pattern = r"bias$" if self.pe == "bitfit" else r"^adapter\."
+        theta_a = {n: theta_p.pop(n) for n in [*theta_p] if re.search(pattern, n)}
+        return ParameterSets(theta_p, theta_a, theta_h)
 
     @torch.no_grad()
-    def choose_packing(self, sentences: Sequence[Sentence]) -> None:
-        """From now on packs, if packed the shortest and the longest of `sentences` keep the features
-        that they have alone. Raises ValueError if even a batch of them, padded, changes those."""
-        probe = [choose(sentences, key=lambda s: len(s.pieces)) for choose in (min, max)]
-        alone = torch.cat([self.encode([s])[0].features for s in probe])
+    def detect_packing(self, sentences: list[Sentence]) -> None:
+        """Enables packing if the longest and the shortest sentence get the same features packed as
+        alone. Raises UserError if not even a padded batch gives the same."""
+        by_length = sorted(sentences, key=lambda s: len(s.input_ids))
+        samples = [by_length[i] for i in (-1, -1, 0, 0)]  # packed: a full row, and one with padding
+        reference = torch.cat([self.encode([sample])[0].features for sample in samples])
         after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
-        for self.first_position in (0, after_padding, None):
-            with suppress(Exception):  # some encoders refuse it
-                packed = torch.cat([s.features for s in self.encode(probe)])
-                if (packed - alone).norm() <= 1e-5 * alone.norm():
+        for self.position_offset in (0, after_padding, None):
+            with suppress(UserError):  # no positions, no mask per sentence, or no row this long
+                features = torch.cat([s.features for s in self.encode(samples)])
+                if (features - reference).norm() <= 1e-5 * reference.norm():
                     return
-        raise ValueError(f"{self.encoder.config.model_type} mixes the sentences of a batch")
+        raise UserError(f"--model: {self.encoder.config.model_type} mixes the sentences of a batch")
 
-    def encode(self, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """The sentences with their features. They share rows of the encoder's input, so that little
-        is padding; each keeps its own positions and attends to itself alone."""
-        device, dtype = self.head.weight.device, self.head.weight.dtype
+    def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
+        """The encoder's arguments for rows of sentences, and, both [rows, length], which sentence is
+        at a position (from 1; 0: none) and whether a word starts there."""
+        packed, dtype = self.position_offset is not None, self.head.weight.dtype
+        rows = pack(sentences, 2 * max(len(s.input_ids) for s in sentences) if packed else 0)
+        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
+        inputs = {"input_ids": input_ids, "attention_mask": (sentence_ids > 0).long()}
+        if packed:  # positions restart in each sentence, which attends to itself only
+            other_sentence = sentence_ids[:, None, :, None] != sentence_ids[:, None, None, :]
+            inputs["attention_mask"] = other_sentence.to(dtype) * torch.finfo(dtype).min
+            inputs["position_ids"] = positions + self.position_offset
+        return inputs, (sentence_ids, starts == 1)
+
+    def encode(self, sentences: list[Sentence]) -> list[Sentence]:
+        """The sentences with their features. Raises UserError if the encoder fails."""
         encoded = []
-        for part in (sentences[k : k + 256] for k in range(0, len(sentences), 256)):  # for memory
-            room = 2 * max(len(s.pieces) for s in part) if self.first_position is not None else 0
-            rows = []
-            for i, s in enumerate(part):
-                row = next((row for row in rows if len(row) + len(s.pieces) <= room), [])
-                if not row:
-                    rows.append(row)
-                row += [(i, piece, at, at in s.first) for at, piece in enumerate(s.pieces)]
-            padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -1).to(device)
-            owner, pieces, positions, is_first = padded.unbind(-1)  # [rows, length]
-            where = {"attention_mask": (owner >= 0).long()}
-            if self.first_position is not None:
-                apart = owner[:, None, :, None] != owner[:, None, None, :]  # [rows, 1, length, length]
-                where["attention_mask"] = apart.to(dtype) * torch.finfo(dtype).min
-                where["position_ids"] = positions.clamp(min=0) + self.first_position
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                hidden = self.encoder(pieces.clamp(min=0), **where).last_hidden_state.to(dtype)
-            in_order = owner[is_first == 1].argsort(stable=True)
-            counts = [len(s.first) - s.first.count(-1) for s in part]
-            features = iter(hidden[is_first == 1][in_order].split(counts))
-            encoded += [s._replace(features=next(features)) for s in part]
+        for start in range(0, len(sentences), 256):  # bounds the memory
+            chunk = sentences[start : start + 256]
+            inputs, layout = self.encoder_inputs(chunk)
+            autocast = torch.autocast(layout[0].device.type, torch.bfloat16, enabled=self.bf16)
+            with autocast, error_context(f"--model: {self.encoder.config.model_type}"):
+                hidden = self.encoder(**inputs).last_hidden_state  # [rows, length, hidden]
+            features = unpack(hidden.to(self.head.weight.dtype), *layout)
+            encoded += [s._replace(features=words) for s, words in zip(chunk, features)]
         return encoded
 
-    def encode_sets(self, sets: Sequence[Sequence[Sentence]]) -> list[list[Sentence]]:
-        """`encode` for several sets of sentences."""
-        encoded = iter(self.encode(sum(map(list, sets), [])))
+    def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
+        """`encode` for several sets of sentences at once."""
+        encoded = iter(self.encode([s for part in sets for s in part]))
         return [[next(encoded) for _ in part] for part in sets]
 
-    def forward(self, sentences: Sequence[Sentence]) -> Tensor:
-        """Scores of the tags, [words, num_tags], for sentences or for what `encode` made of them."""
+    def forward(self, sentences: list[Sentence]) -> Tensor:
+        """Logits of the words that have a piece, [words, num_tags]. Encodes if that is not done."""
         if sentences[0].features is None:
             sentences = self.encode(sentences)
         return self.head(self.adapter(torch.cat([s.features for s in sentences])))
 
 
-def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """f, in float32, and its fast tokenizer. Raises an error if f takes no `max_length` pieces."""
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+def pack(sentences: list[Sentence], capacity: int) -> list[list]:
+    """Rows of (sentence number, input id, position in the sentence, whether a word starts there). A
+    sentence goes to the first row that then uses at most `capacity` positions, or to a new row."""
+    rows = [[] for _ in sentences]
+    for number, sentence in enumerate(sentences, start=1):
+        length, starts = len(sentence.input_ids), {*sentence.word_starts}
+        row = next(row for row in rows if not row or len(row) + length <= capacity)
+        row += [(number, piece, k, k in starts) for k, piece in enumerate(sentence.input_ids)]
+    return [row for row in rows if row]
 
+
+def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> tuple[Tensor, ...]:
+    """The features of each sentence, [words, hidden], from hidden states [rows, length, hidden]."""
+    sentence_of_word, order = sentence_ids[is_word_start].sort(stable=True)
+    counts = sentence_of_word.bincount(minlength=int(sentence_ids.max()) + 1)[1:]
+    return hidden[is_word_start][order].split(counts.tolist())
+
+
+def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
+    """L_Ti: the mean cross-entropy over the words that have a piece."""
+    logits = model(sentences)
+    tags = [tag for s in sentences for start, tag in zip(s.word_starts, s.tags) if start >= 0]
+    return nn.functional.cross_entropy(logits, torch.tensor(tags, device=logits.device))
+
+
+def build_tagger(encoder, types, pe, bottleneck, device, bf16=False, sentences=()) -> Tagger:
+    """A Tagger on a device, in eval mode, which packs if that is exact for `sentences`."""
+    model = Tagger(encoder, len(tag_names(types)), pe, bottleneck).eval()
+    with error_context(f"--device {device}"):
+        model.to(device)
+    if sentences:
+        model.detect_packing(sentences)
+    model.bf16 = bf16
+    return model
+
+
+def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
+    """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
+    from transformers import AutoModel, AutoTokenizer, logging
+
+    logging.set_verbosity_error()  # weights that do not fit are an error below
     logging.disable_progress_bar()
-    encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for words without one
-    pieces = encoder.get_input_embeddings().num_embeddings
-    if not len(tokenizer.all_special_ids) < len(tokenizer) <= pieces:  # its files may be missing
-        raise ValueError(f"a tokenizer of {len(tokenizer)} pieces, an encoder of {pieces}")
-    encoder(torch.full((1, max_length), len(tokenizer) - 1))
+    with error_context(f"--model {name} (offline: a folder)"):
+        encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
+    layers = encoder.config.num_hidden_layers
+    faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    faults += [key for key in info["unexpected_keys"] if f".{layers}." in key]  # heads are no fault
+    expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
+    expect(not encoder.config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
+    pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # few pieces: its files are missing
+    expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
+    special = tokenizer.num_special_tokens_to_add()
+    expect(max_length > special, f"--max-length must be above {special} (special tokens)")
+    limit = getattr(encoder.config, "max_position_embeddings", "no limit on")
+    with error_context(f"--max-length {max_length}: the encoder has {limit} positions"):
+        encoder(torch.full((1, max_length), pieces - 1))
     return encoder, tokenizer
 
 
-def tokenize(rows: Sequence[tuple], tokenizer: Any, max_length: int) -> list[Sentence]:
-    """Words and tags with word pieces, cut off after `max_length`, which is told on stderr."""
-    texts = [words for words, _ in rows]
-    encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
-    sentences = []
-    for i, (words, tags) in enumerate(rows):
-        of = encoded.word_ids(i)  # the word of each piece
-        first = [of.index(word) if word in of else -1 for word in range(len(words))]
-        sentences.append(Sentence(words, tags, encoded["input_ids"][i], first))
-    lost = [s.first.count(-1) for s in sentences if -1 in s.first]
-    if lost:
-        told = f"{sum(lost)} of {sum(map(len, texts))} words, in {len(lost)} of {len(texts)} sentences"
-        print(f"no piece within --max-length {max_length}: {told}", file=sys.stderr)
+def tag_names(types: list[str]) -> list[str]:
+    return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
+
+
+def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
+    """The first `limit` sentences of a split in word pieces; for training, those that have any."""
+    sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
+    sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
+    found = f"{len(sentences)} sentences, {min_sentences} are needed"
+    expect(len(sentences) >= min_sentences, f"--data {data}, {language} {split}: {found}")
     return sentences
+
+
+def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Sentence]:
+    """Words and tags with word pieces, truncated to `max_length`, which is reported on stderr."""
+    texts, tokenized = [words for words, _ in sentences], []
+    encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
+    for i, (words, tags) in enumerate(sentences):
+        word_ids = encoded.word_ids(i)  # of each piece
+        starts = [word_ids.index(word) if word in word_ids else -1 for word in range(len(words))]
+        tokenized.append(Sentence(words, tags, encoded["input_ids"][i], starts))
+    if truncated := [s.word_starts.count(-1) for s in tokenized if -1 in s.word_starts]:
+        found = f"{sum(truncated)} of {sum(map(len, texts))} words, in {len(truncated)} sentences"
+        print(f"tagged O, with no piece within --max-length {max_length}: {found}", file=sys.stderr)
+    return tokenized
+
+
+def read_split(data: str, language: str, split: str, types: list[str]) -> list[tuple]:
+    """Words and tag numbers of each sentence. `data` is a hub name, or a folder with a folder
+    per language of `train.txt` (first column: word, last: tag), the original archive's `train`
+    (`language:` before each word), or parquet files. Raises UserError with file and line."""
+    expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
+    folder, tags, prefix = Path(data) / language, tag_names(types), f"{language}:"
+    dev = "dev" if split == "validation" else split
+    texts = [*filter(Path.is_file, map(folder.joinpath, (f"{split}.txt", f"{dev}.txt", dev)))]
+    tokens = [*(read_text(texts[0]) if texts else read_table(data, language, split))]
+    required_prefix = prefix if texts and not texts[0].suffix else ""  # the archive's file
+    expected = f"{required_prefix}word and tag, one of {' '.join(tags)} (--types)"
+    has_prefix = all(str(word).startswith(prefix) for _, word, _ in tokens if word)
+    sentences = [[]]
+    for location, word, tag in tokens:
+        if word == tag == "":
+            sentences.append([])
+            continue
+        valid = word and str(word).startswith(required_prefix) and tag in tags
+        found = f"{str(word)[:80]!r} {str(tag)[:80]!r}"
+        expect(valid, f"{location}: expected {expected}, found {found}")
+        sentences[-1].append((str(word).removeprefix(prefix if has_prefix else ""), tags.index(tag)))
+    expect(any(sentences), f"{folder}: the {split} split is empty")
+    return [tuple(map(list, zip(*sentence))) for sentence in sentences if sentence]
+
+
+def read_text(file: Path) -> Iterator[tuple]:
+    """Location, word and tag of each line, empty between sentences. Columns end at tabs, if any."""
+    data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    separator = "\t" if b"\t" in data else " "
+    for number, line in enumerate(data.splitlines(), start=1):
+        with error_context(f"{file}:{number}: expected UTF-8"):
+            text = line.decode().rstrip(" \t")
+        word, *columns = [""] if text.startswith("-DOCSTART-") else text.split(separator)
+        yield f"{file}:{number}", word, columns[-1] if columns else ""
+
+
+def read_table(data: str, language: str, split: str) -> Iterator[tuple]:
+    """The same from parquet files or the hub. A number that no ClassLabel names stays a number."""
+    from datasets import Dataset, load_dataset
+    from pyarrow.parquet import read_table as read_parquet
+
+    folder = Path(data) / language
+    files = [*folder.glob(f"{split}.parquet"), *sorted(folder.glob(f"{split}-*.parquet"))]
+    if Path(data).is_dir():
+        count = re.search(r"-of-(\d+)\.parquet$", files[0].name) if files else None
+        complete = files and len(files) == (int(count[1]) if count else 1)
+        found = sorted(os.listdir(folder if folder.is_dir() else data))
+        expected = f"expected {split}.txt, {split}.parquet or all {split}-*-of-*.parquet"
+        expect(complete, f"{folder}: {expected}, found {found}")
+    with error_context(f"--data {data} (offline: a folder), {language} {split}: tokens, ner_tags"):
+        table = Dataset(read_parquet(files)) if files else load_dataset(data, language, split=split)
+        table = table.select_columns(["tokens", "ner_tags"])
+    kind = getattr(table.features["ner_tags"], "feature", None)
+    names = dict(enumerate(getattr(kind, "names", [])))
+    for number, (words, tags) in enumerate(zip(table["tokens"], table["ner_tags"]), start=1):
+        location = f"{folder}, {split} row {number}"
+        lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
+        expect(lists, f"{location}: expected as many words as tags, found {words} and {tags}")
+        for word, tag in [*zip(words, tags), ("", "")]:
+            yield location, word, names.get(tag, tag)
+
+
+class UserError(ValueError):
+    """Bad input: one line that says what was expected, what was found and what to do."""
+
+
+def expect(condition: Any, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@contextmanager
+def error_context(source: str) -> Iterator[None]:
+    """Re-raises an exception of a library, called in the block, as UserError that names `source`."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{source}: {type(error).__name__}: {error}"
+        raise UserError(" ".join(message.split())[:600]) from error
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path, and renames it to `path` on success. Raises UserError on failure."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with error_context(f"writing {path}"):
+        yield new
+    if path.is_dir():  # an equal run was faster
+        return shutil.rmtree(new)
+    with suppress(FileNotFoundError):  # an equal run has finished and removed it
+        new.replace(path)
+
+
+def claim(folder: Path, settings: dict, done_file: str) -> bool:
+    """Makes a folder this run's, by a file with its settings, and returns whether the run is done.
+    Raises UserError if the folder is another run's."""
+    path, new = folder / "settings.json", folder / f"settings.{os.getpid()}.new"
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [file for file in folder.iterdir() if file.suffix != ".new"]
+    ours = path.exists() or not others
+    expect(ours, f"{folder} is not empty and not of this command: choose another --output")
+    new.write_text(json.dumps(settings, indent=2))
+    try:
+        os.link(new, path)  # a rename would replace the claim of a run that was faster
+    except OSError:  # that run exists, or the file system has no hard links
+        with suppress(FileExistsError), open(path, "x") as file:
+            file.write(json.dumps(settings, indent=2))
+    new.unlink(missing_ok=True)
+    read_record(path, settings)
+    return (folder / done_file).exists() and bool(read_record(folder / done_file))
+
+
+def read_record(path: Path, settings: dict | None = None) -> dict:
+    """The JSON file of a run. Raises UserError if its settings differ from `settings`, or without
+    these if a weights file beside it is not the one that it was written for."""
+    with error_context(f"{path}: expected the record of a run"):
+        record = dict(json.loads(path.read_bytes()))
+        same = settings or record["files"] == file_checksums(path.parent)
+    expect(same, f"{path.parent}: a weights file is missing or not the one that {path.name} names")
+    for name, now in (settings or {}).items():
+        flag = f"--{name.replace('_', '-')} {record.get(name)} (now {now})"
+        what = f"other {name}" if name in ("weights", "configuration", "sentences") else flag
+        expect(record.get(name) == now, f"{path.parent} holds a run with {what}: choose another folder")
+    return record
+
+
+def fingerprint(encoder: nn.Module, sentences: Any) -> dict:
+    """Checksums of what a run starts from, without what does not change the encoder's output."""
+    ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
+    config = [item for item in encoder.config.to_dict().items() if item[0] not in ignored]
+    weights = [zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters()]
+    parts = {"weights": weights, "configuration": sorted(config), "sentences": sentences}
+    return {name: zlib.crc32(repr(part).encode()) for name, part in parts.items()}
+
+
+def file_checksums(folder: Path) -> dict:
+    return {file.name: zlib.crc32(file.read_bytes()) for file in folder.glob("*.safetensors")}
+
+
+def write_record(path: Path, record: dict) -> None:
+    with atomic_write(path) as new:
+        new.write_text(json.dumps(record, indent=2, default=str))
+
+
+def show(text: str) -> None:
+    """Prints a line; the command goes on if nobody reads its output any more (a closed pipe)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Runs a command. Bad input ends it with one line on stderr and exit status 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(errors="replace")  # some terminals cannot show θ
+    try:
+        main()
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        interrupted = "interrupted; the same command continues from the last checkpoint or result"
+        message = " ".join(str(error).split()) or interrupted
+        argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of both commands."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", default="bert-base-multilingual-cased", help="encoder: hub name or folder")
+    add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
+    add("--types", nargs="+", default=["PER", "ORG", "LOC"], help="entity types, tagged B-X and I-X")
+    add("--pe", choices=["adapter", "bitfit"], default="adapter",
+        help="θa: an adapter on top, or the encoder's biases")
+    add("--bottleneck", type=positive(int), default=64, help="width of the adapter")
+    add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
+    add("--limit-train", type=positive(int), help="only the first N training sentences")
+    add("--device", default=device, help="torch device")
+    add("--bf16", action="store_true", help="run the encoder in bfloat16, by autocast")
+    return parser
+
+
+def positive(kind: type, zero: bool = False) -> Callable:
+    """A type for argparse: a positive, finite number, or with `zero` also 0."""
+    def number(text: str) -> Any:
+        value = kind(text)
+        if 0 < value < 2**63 or zero and value == 0:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range")
+
+    return number

@@ -1,17 +1,17 @@
-"""What the tests share. What primes or tunes is made once for the whole run."""
+"""Constants, helpers and fixtures of the tests. The fixtures that train do so once per session."""
 
 import contextlib
-import fcntl
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
-import stat
+import signal
 import sys
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo's encoder gains nothing from more
@@ -24,51 +24,61 @@ DEMO = ["--model", "demo/encoder", "--data", "demo/wikiann"]
 HINDI = ["--tgt", "hi", "--data", "demo/wikiann"]
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
-EXTRA = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="an extra: pip install peft")
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 PE = ["adapter", "bitfit"]
 
 SMALL_PRIMING = ["--steps", 2, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8]
 SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
-LONG = [*DEMO, *SMALL_PRIMING, "--steps", 12, "--save-every", 1]
-FLOCK = fcntl.flock
+SLOW_PRIMING = [*DEMO, *SMALL_PRIMING, "--steps", 12, "--save-every", 1]
 os.chdir(HERE)
 
 
-@contextlib.contextmanager
-def own_locks():
-    """A script locks its output until its process ends. One may run another."""
-    before, locked = fcntl.flock, []
-
-    def noted(file, how):
-        FLOCK(file, how)
-        locked.append(file)
-
-    fcntl.flock = noted
-    try:
-        yield
-    finally:
-        fcntl.flock = before
-        for file in locked:
-            if isinstance(file, int) and stat.S_ISDIR(os.fstat(file).st_mode):
-                os.close(file)
-
-
 def command(script, *flags, status=0, encoding="utf-8"):
-    """Runs a script as `python script flags` does, in this process: importing the libraries takes seconds."""
+    """Runs `python script flags` in this process, because importing the libraries takes seconds. Returns
+    its stdout, stderr and exit status, which must be `status` unless that is None."""
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
-    argv, sys.argv, ended = sys.argv, [script, *map(str, flags)], 0
+    argv, sys.argv, exit_status = sys.argv, [script, *map(str, flags)], 0
     try:
-        streams = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
-        with own_locks(), streams[0], streams[1]:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             runpy.run_path(str(HERE / script), run_name="__main__")
     except SystemExit as exit:
-        ended = exit.code or 0
+        exit_status = exit.code or 0
     finally:
         sys.argv = argv
-    told = {name: stream.buffer.getvalue().decode(encoding) for name, stream in
-            (("stdout", stdout), ("stderr", stderr))}
-    assert ended == status, told["stderr"]
-    return Namespace(**told)
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in (stdout, stderr))
+    assert status in (exit_status, None), err
+    return SimpleNamespace(stdout=out, stderr=err, status=exit_status)
+
+
+processes = multiprocessing.get_context("forkserver")  # its processes start with the libraries imported
+processes.set_forkserver_preload(
+    ["finetune", "transformers.models.bert.modeling_bert", "datasets", "conftest"])
+
+
+def child(script, flags, stdout, stderr, fault):
+    """The target of a process: `python script flags > stdout 2> stderr`, after fault()."""
+    torch.set_num_threads(1)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding="utf-8") for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
+    sys.argv = [script, *map(str, flags)]
+    if fault:
+        fault()
+    runpy.run_path(str(HERE / script), run_name="__main__")
+
+
+def start_process(script, flags, stderr, stdout=os.devnull, fault=None):
+    process = processes.Process(target=child, args=(script, flags, stdout, stderr, fault))
+    process.start()
+    return process
+
+
+def run_process(script, flags, stderr, status=0, **options):
+    """Like `command`, but in a process of its own, which may be killed."""
+    process = start_process(script, flags, stderr, **options)
+    process.join()
+    assert process.exitcode == status, Path(stderr).read_text()
 
 
 def tensors(folder, name="model.safetensors"):
@@ -78,23 +88,28 @@ def tensors(folder, name="model.safetensors"):
 
 
 def moved(after, before):
+    """Names of the tensors that differ."""
     return {name for name in after if not torch.equal(after[name], before[name])}
 
 
 def read_results(folder):
-    """What the runs left in the folder of --results, in their order."""
+    """The records in a folder of --results, oldest first."""
     files = sorted(Path(folder).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text()) for path in files]
 
 
-def contents(folder):
-    """All that is in a folder, with the time at which it was written."""
+def snapshot(folder):
+    """Modification time and bytes of each file in a folder."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def random_encoder(architecture, pieces, **more):
-    """An encoder of another architecture, of two small layers, in float64."""
+    """A randomly initialised encoder with two small layers, in float64."""
     import transformers
 
     special = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
@@ -107,8 +122,8 @@ def random_encoder(architecture, pieces, **more):
     return transformers.AutoModel.from_config(config).double().eval()
 
 
-def folder_of(encoder, folder):
-    """A folder with an encoder and the demo's tokenizer."""
+def save_encoder(encoder, folder):
+    """Writes an encoder and the demo's tokenizer to a folder and returns the folder."""
     shutil.copytree("demo/encoder", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     encoder.float().save_pretrained(folder)
     return folder
@@ -118,23 +133,24 @@ def folder_of(encoder, folder):
 def demo():
     """The demo's encoder in float64, its tokenizer, and Hindi training sentences."""
     import adapters
-    import prime
 
     encoder, tokenizer = adapters.load_encoder("demo/encoder", 128)
-    rows = prime.read_split("demo/wikiann", "hi", "train", TYPES)
-    return encoder.double().eval(), tokenizer, adapters.tokenize(rows, tokenizer, 128)
+    sentences = adapters.read_split("demo/wikiann", "hi", "train", TYPES)
+    return encoder.double().eval(), tokenizer, adapters.tokenize(sentences, tokenizer, 128)
 
 
+# by row of Table 1
 PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", 1]}
-START = ["--init", "none", "--model", "demo/encoder"]
+FROM_PRETRAINED = ["--init", "none", "--model", "demo/encoder"]
 TUNING = {
-    1: [*START, "--tune", "full"], 2: [*START, "--tune", "head"], 3: [*START, "--bottleneck", 8],
+    1: [*FROM_PRETRAINED, "--tune", "full"], 2: [*FROM_PRETRAINED, "--tune", "head"],
+    3: [*FROM_PRETRAINED, "--bottleneck", 8],
 }
 
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory):
-    """What the commands of the seven rows of Table 1 leave, a folder a row, and what they print."""
+    """The seven rows of Table 1: for each row the folder that its commands wrote, and what they printed."""
     root = tmp_path_factory.mktemp("table")
 
     def make_row(row):
@@ -150,23 +166,25 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def primed(table):
-    """A primed folder, of row 4; not to be changed."""
+    """The output of prime.py in row 4. Do not change it."""
     return table[4][0] / "primed"
 
 
 @pytest.fixture(scope="session")
 def unfinished(tmp_path_factory):
-    """A run that was cut off after four of twelve steps: its folder, with an encoder and data of its own,
-    and its flags."""
+    """A run of prime.py that was interrupted after four of twelve steps: a folder with its output `primed`,
+    its encoder and its data, and the flags of the run."""
     root = tmp_path_factory.mktemp("unfinished")
-    folder_of(random_encoder("Bert", 1834), root / "encoder")
+    save_encoder(random_encoder("Bert", 1834), root / "encoder")
     for language in ("en", "es"):
         shutil.copytree(f"demo/wikiann/{language}", root / "wikiann" / language)
-    flags = [*LONG, "--model", root / "encoder", "--data", root / "wikiann", "--output", root / "primed"]
+    flags = [*SLOW_PRIMING, "--model", root / "encoder", "--data", root / "wikiann"]
+    flags += ["--output", root / "primed"]
     save = torch.save
 
     def interrupt(state, path):
-        if len(state[1]) == 5:
+        losses, _ = state
+        if len(losses) == 5:
             raise KeyboardInterrupt
         save(state, path)
 

@@ -2,189 +2,212 @@
 
 `python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1."""
 
-import argparse
 import copy
-import json
 import math
+import os
 import random
-from os.path import relpath
+import sys
+import tempfile
+import zlib
+from argparse import Namespace
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
 from safetensors.torch import load_file, save_file
-from seqeval.metrics import classification_report
+from seqeval.metrics import f1_score, precision_score, recall_score
 from tqdm import tqdm
 
-import prime
-from adapters import Sentence, Tagger, load_encoder
+import adapters
+from adapters import Sentence, Tagger, error_context, expect, load_sentences, read_record, tag_names
+from prime import adamw_with_linear_decay
 
-OF_PRIMED = ("model", "pe", "bottleneck")  # settings that a primed folder brings with it
-OF_SAVED = (*OF_PRIMED, "priming", "tune", "types", "max_length", "bf16", "seeds", "weights",
-            "epochs", "min_steps", "lr", "batch_size", "limit_train")
+PRIMING_SETTINGS = ("model", "pe", "bottleneck", "types")  # a folder of prime.py supplies these
+SAVED_SETTINGS = (*PRIMING_SETTINGS, "max_length", "bf16", "limit_train", "tune", "epochs",
+                  "min_steps", "lr", "batch_size", "seeds")  # a folder of --save supplies these
+SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
+         "updated {updated:,} of {parameters:,} ({share:.4%})")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The flags; what the folder of --load or --init records takes the place of their defaults."""
-    parser = prime.common_parser(__doc__.split("\n\n")[0])
-    flag = parser.add_argument
-    flag("--tgt", nargs="+", required=True, metavar="LANG", help="paper: hi af az lt et nl")
-    flag("--tune", choices=["adapter", "head", "full"], default="adapter", help="rows 3 to 7, 2, 1")
-    flag("--init", default="primed", help="folder of prime.py; none (rows 1 to 3): --model")
-    flag("--epochs", type=int, default=10, help="passes over the sentences")
-    flag("--min-steps", type=int, default=0, metavar="N", help="more epochs, for N steps at least")
-    flag("--lr", type=float, default=3e-3, help="of AdamW, falling to 0")
-    flag("--batch-size", type=int, default=16, help="sentences")
-    flag("--seeds", type=int, nargs="+", default=[0], help="a run for each")
-    flag("--split", choices=["test", "validation"], default="test", help="what is scored")
-    flag("--limit-test", type=int, metavar="N", help="first N sentences of what is scored")
-    flag("--results", type=Path, default=Path("results"), help="a folder; each run leaves a file")
-    flag("--save", type=Path, metavar="DIR", help="keep what is tuned there")
-    flag("--load", type=Path, metavar="DIR/LANG-SEED", help="score what --save kept")
-    parser.set_defaults(priming=None, weights=None)
-    args, recorded = prime.parse(parser), {}
+def parse_arguments() -> Namespace:
+    """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
+    parser = adapters.common_parser(
+        "Fine-tune a primed or pretrained encoder for target languages, and score it. The paper gives "
+        "the defaults of --model, --data, --types, --pe, --bottleneck and --tgt, and no others.")
+    add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
+    add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
+    add("--tune", choices=["adapter", "head", "full"], default="adapter",
+        help="parameters to tune: θa and θh (adapter), θh (head, row 2) or all (full, row 1)")
+    add("--init", default="primed", help="folder of prime.py, or none to start from --model")
+    add("--epochs", type=positive(int), default=10, help="passes over the training sentences")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="more epochs, if fewer steps")
+    add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
+    add("--batch-size", type=positive(int), default=16, help="sentences per step")
+    add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
+    add("--split", choices=["test", "validation"], default="test", help="split to score")
+    add("--limit-test", type=positive(int), help="score its first N sentences only")
+    add("--results", type=Path, default=Path("results"), help="folder for one file per run")
+    add("--save", type=Path, help="write tuned parameters to SAVE/LANG-SEED")
+    add("--load", type=Path, help="score such a folder instead of training")
+    args, source, names = parser.parse_args(), None, ()
+    expect(not (args.load and args.save), "--save has nothing to write with --load")
     if args.load:
-        with prime.blaming(f"--load {args.load}, which --save writes"):
-            kept = json.loads((args.load / "tuned.json").read_text())
-            recorded = {name: kept[name] for name in OF_SAVED}
-            near = args.load / kept["base"]
-            parser.set_defaults(**recorded, init=str(near) if near.is_dir() else kept["init"])
+        source, names = args.load / "tuned.json", SAVED_SETTINGS
+        parser.set_defaults(init=None)
     elif args.init != "none":
-        with prime.blaming(f"--init {args.init}, which prime.py writes"):
-            priming = json.loads((Path(args.init) / "priming.json").read_text())
-            recorded = {name: priming[name] for name in OF_PRIMED}
-        parser.set_defaults(**recorded, priming=priming)
-    args = prime.parse(parser)
-    for name, value in recorded.items():
-        if (given := vars(args)[name]) != value:
-            parser.error(f"--{name.replace('_', '-')} {given}: {args.load or args.init} has {value}")
+        source, names = Path(args.init) / "priming.json", PRIMING_SETTINGS
+    record = read_record(source) if source else {}
+    with error_context(f"{source}: expected the record of a run"):
+        saved = {name: record[name] for name in names}
+        priming = record["priming"] if args.load else record
+    parser.set_defaults(**saved, priming=priming, start=record.get("files"))
+    args = parser.parse_args()
+    for name, value in saved.items():
+        flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+        expect(getattr(args, name) == value, f"{flag}: {source} has {value}")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    encoder, tokenizer, saved = load_base(args)
-    data, lines = {}, []  # all data first, to tell what is wrong early
-    for language in args.tgt:
-        train = [] if args.load else prime.load(args, tokenizer, language, "train")
-        data[language] = train, prime.load(args, tokenizer, language, args.split)
-    args.results.mkdir(parents=True, exist_ok=True)
-    for language, (train, test) in data.items():
-        identity = prime.identify(args, [*encoder.parameters(), *saved.values()], train + test)
-        if args.tune == "head" or args.tune == "adapter" and args.pe == "adapter":
-            with torch.no_grad():  # θp stays: f(x; θp) once for all epochs and seeds
-                train, test = prime.build(args, None, encoder, train + test).encode_sets([train, test])
-        for seed in dict.fromkeys(args.seeds):
-            result = args.results / f"{language}-{seed}-{identity}.json"
-            folder = args.save and args.save / f"{language}-{seed}"
-            if folder and folder.exists() != result.exists():
-                raise prime.BadInput(f"{folder}, {result}: one is there: remove it")
-            if result.exists():
-                print(f"{language} seed {seed}: done before")
-            else:
-                model, tuned = start(args, encoder, saved, seed, train + test)
-                if not args.load:
-                    tune(args, model, tuned, train, seed)
-                updated = sum(p.numel() for p in tuned.values())
-                parameters = sum(p.numel() for theta in model.sets() for p in theta.values())
-                line = {
-                    **vars(args), "run": identity, "target": language, "seed": seed, "seeds": [seed],
-                    **evaluate(model, test, prime.tag_names(args.types)),
-                    "updated": updated, "parameters": parameters, "share": updated / parameters,
-                    "train_sentences": len(train), "test_sentences": len(test),
-                    "weights": prime.checksum(encoder.parameters()),
-                }
-                keep(args, line, result, folder, tuned)
-            with prime.blaming(result):
-                lines.append(json.loads(result.read_text()))
-    if len(lines) > 1:
-        columns = {"F1": ("f1", "mean"), "std": ("f1", "std"), "seeds": ("seed", "size")}
-        table = pandas.DataFrame(lines).groupby("target", sort=False).agg(**columns).reset_index()
-        print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
-
-
-def load_base(args):
-    """f, its tokenizer, and what is beside it: θa* of a primed folder, or what --save kept."""
-    torch.manual_seed(0)  # for a pooler that is in no file
-    base = args.model if args.init == "none" else args.init
-    with prime.blaming(f"{base} (offline: a folder), --max-length {args.max_length}"):
-        encoder, tokenizer = load_encoder(base, args.max_length)
-    if args.load and args.weights != prime.checksum(encoder.parameters()):
-        raise prime.BadInput(f"{base} is not what {args.load} was tuned on: give --init")
-    saved = {}
-    if args.load or args.init != "none" and args.tune == "adapter":
-        path = args.load / "tuned.safetensors" if args.load else Path(base) / "adapter.safetensors"
-        with prime.blaming(path):
-            saved = load_file(path)
-    return encoder, tokenizer, saved
-
-
-def start(args, encoder, saved, seed: int, sentences) -> tuple[Tagger, dict]:
-    """The model before fine-tuning, its head random unless saved, and what fine-tuning moves."""
-    torch.manual_seed(seed % 2**63)
     pe = args.pe if args.tune == "adapter" else None
-    model = prime.build(args, pe, copy.deepcopy(encoder), sentences)
-    theta_p, theta_a, theta_h = model.sets()
-    for parameter in theta_p.values():
-        parameter.requires_grad_(args.tune == "full")
-    tuned = {**theta_a, **theta_h, **(theta_p if args.tune == "full" else {})}
-    if saved:
-        with prime.blaming(args.load or args.init):
-            if saved.keys() != (tuned if args.load else theta_a).keys():
-                raise ValueError("it holds other parameters than the model has")
-            model.load_state_dict(saved, strict=False)
-    return model, tuned
+    if args.load:
+        loaded, tokenizer, _ = load_tagger(args.load, args.init, args.device)
+        encoder, state = loaded.encoder, loaded.state_dict()
+    else:
+        base = args.init if args.priming else args.model
+        encoder, tokenizer = adapters.load_encoder(base, args.max_length)
+        state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
+    options = {"tokenizer": tokenizer, "types": args.types, "max_length": args.max_length}
+    load = partial(load_sentences, args.data, **options)
+    data = {language: ([] if args.load else load(language, "train", limit=args.limit_train),
+                       load(language, args.split, limit=args.limit_test)) for language in args.tgt}
+    settings = {n: vars(args)[n] for n in (*SAVED_SETTINGS, "split", "limit_test", "start")}
+    runs, records = plan_runs(settings, data, encoder, args.results, args.save), []
+    shape = args.types, pe, args.bottleneck, args.device, args.bf16
+    for settings, result, folder, train, test in runs:
+        done = result.exists() and (not folder or folder.exists())
+        if done:
+            record = read_record(result, settings)
+        else:
+            torch.manual_seed(settings["seed"])
+            model = adapters.build_tagger(copy.deepcopy(encoder), *shape, train + test)
+            with error_context("--init: the saved parameters do not fit the model"):
+                model.load_state_dict(model.state_dict() | state)
+            theta_p, theta_a, theta_h = model.split_parameters()
+            tuned = theta_a | theta_h | (theta_p if args.tune == "full" else {})
+            for p in theta_p.values():
+                p.requires_grad_(args.tune == "full")
+            if (pe == "adapter" or args.tune == "head") and test[0].features is None:
+                train[:], test[:] = model.encode_sets([train, test])  # once for all seeds
+            if not args.load:
+                fine_tune(
+                    model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
+                    batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
+            record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
+            record |= {"train_sentences": len(train), "test_sentences": len(test)}
+            updated, parameters = (sum(map(torch.numel, s.values())) for s in (tuned, theta_p | tuned))
+            record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
+        adapters.show(SCORE.format(**record) + ("  (done before)" if done else ""))
+        if not done:
+            save_run(result, folder, record, model, tuned)
+        records.append(record)
+    if len(records) > 1:
+        f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
+        table = f1.agg(F1="mean", std="std", seeds="size").reset_index()
+        adapters.show(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
 
-def tune(args, model: Tagger, tuned: dict, sentences: list[Sentence], seed: int) -> None:
-    """Moves `tuned`, as `theta_p`: without inner steps Algorithm 1 is plain fine-tuning (§5.2)."""
-    size, batches, epoch = args.batch_size, [], 0
-    while epoch < args.epochs or len(batches) < args.min_steps:
+def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list[tuple]:
+    """Settings, result file, folder of --save, training and test sentences of each run. Raises
+    UserError if a folder is another run's, and OSError if one cannot be written."""
+    for parent in (results, save or results):
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    runs = []
+    for language, sentences in data.items():
+        shared = settings | {"target": language} | adapters.fingerprint(encoder, sentences)
+        for seed in dict.fromkeys(settings["seeds"]):
+            run, name = shared | {"seed": seed, "seeds": [seed]}, f"{language}-{seed}"
+            result = results / f"{name}-{zlib.crc32(repr(run).encode())}.json"
+            folder = save / name if save else None
+            if folder and folder.exists():
+                read_record(folder / "tuned.json", run)
+            runs.append((run, result, folder, *sentences))
+    return runs
+
+
+def load_tagger(folder: Path, base: str | None = None, device="cpu") -> tuple[Tagger, Any, list]:
+    """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
+    has been moved to. Raises UserError if that is another encoder."""
+    record = read_record(folder / "tuned.json")
+    local_base = folder / record["base"]
+    base = base or str(local_base if local_base.is_dir() else record["base"])
+    encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
+    found = adapters.fingerprint(encoder, [])
+    same = all(found[name] == record[name] for name in ("weights", "configuration"))
+    expect(same, f"{base} is not the encoder that {folder} was tuned on: give that by --init")
+    pe = record["pe"] if record["tune"] == "adapter" else None
+    model = adapters.build_tagger(
+        encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
+    with error_context(f"{folder}: tuned.safetensors does not fit tuned.json"):
+        model.load_state_dict(load_file(folder / "tuned.safetensors"), strict=False)
+    tokenizer.model_max_length = record["max_length"]
+    return model, tokenizer, tag_names(record["types"])
+
+
+def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
+    """Plain fine-tuning of `tuned`, which is Algorithm 1 without inner steps (§5.2)."""
+    batches = []
+    for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
-        batches += [[([], order[begin : begin + size])] for begin in range(0, len(order), size)]
-        epoch += 1
-    model.train(args.tune == "full")  # dropout is for plain fine-tuning
-    optimizer, scheduler = prime.adamw_with_linear_decay(tuned.values(), args.lr, len(batches))
-    steps = prime.prime(
-        model, theta_p=tuned, theta_a={}, theta_h={}, batches=batches, loss=prime.tag_loss,
-        optimizer=optimizer, scheduler=scheduler, inner_steps=0,
-    )
-    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(batches), disable=None)
-    for (loss,) in bar:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if not math.isfinite(loss):
-            raise prime.BadInput(f"fine-tuning, seed {seed}: the loss is {loss}; lower --lr")
+        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    optimizer, scheduler = adamw_with_linear_decay(tuned.values(), lr, len(batches))
+    model.train(dropout)
+    for batch in tqdm(batches, f"fine-tuning, seed {seed}", disable=None):
+        loss = adapters.tag_loss(model, batch)
+        expect(loss.isfinite(), f"fine-tuning, seed {seed}: the loss is {loss.item()}; lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
 
 
 @torch.no_grad()
 def predict(model: Tagger, sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
-    """The model's tags for all words of the sentences; a word that has no piece is O."""
-    best = iter(model.eval()(sentences).argmax(dim=-1).tolist())
-    return [[tags[next(best)] if first >= 0 else "O" for first in s.first] for s in sentences]
+    """The model's tags of all words of the sentences; O for a word without a piece."""
+    predicted = iter(model.eval()(sentences).argmax(dim=-1).tolist())
+    return [[tags[next(predicted)] if start >= 0 else "O" for start in s.word_starts] for s in sentences]
 
 
-def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict[str, float]:
-    """Entity-level micro F1, precision and recall in percent, as CoNLL counts."""
-    gold = [[tags[tag] for tag in sentence.tags] for sentence in sentences]
-    found = predict(model, sentences, tags)
-    report = classification_report(gold, found, zero_division=0, output_dict=True)["micro avg"]
-    scores = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
-    return {name: 100 * float(report[key]) for name, key in scores.items()}
+def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
+    """Entity-level micro F1, precision and recall in percent, by CoNLL's convention."""
+    gold = [[tags[tag] for tag in s.tags] for s in sentences]
+    if not any(tag for s in sentences for tag in s.tags):
+        print("there is no entity in the scored sentences, so F1 is 0", file=sys.stderr)
+    predicted = predict(model, sentences, tags)
+    metrics = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+    return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
 
-def keep(args, line, result, folder, tuned):
-    """What was tuned in the folder, if there is one; the scores as a file, then on the screen."""
+def save_run(result: Path, folder: Path | None, record: dict, model: Tagger, tuned: dict) -> None:
+    """Writes the folder of --save, if there is one, and then the result."""
     if folder:
-        base = relpath(args.model if args.init == "none" else args.init, folder)
-        with prime.replacing(folder) as new:
-            new.mkdir(parents=True, exist_ok=True)
+        base = model.encoder.name_or_path
+        if os.path.isdir(base):  # relative, so that both can be moved together
+            base = os.path.abspath(base)
+            with suppress(ValueError):  # on another drive
+                base = os.path.relpath(base, folder)
+        with adapters.atomic_write(folder) as new:
+            new.mkdir(parents=True)
             save_file(tuned, new / "tuned.safetensors")
-            (new / "tuned.json").write_text(json.dumps({**line, "base": base}, indent=2, default=str))
-    with prime.replacing(result) as new:
-        new.write_text(json.dumps(line, indent=2, default=str))
-    print("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
-          "updated {updated:,} of {parameters:,} ({share:.4%})".format(**line))
+            files = {"base": base, "files": adapters.file_checksums(new)}
+            adapters.write_record(new / "tuned.json", record | files)
+    adapters.write_record(result, record)
 
 
 if __name__ == "__main__":
-    prime.run(main)
+    adapters.cli(main)

@@ -1,14 +1,12 @@
-"""Table 1 on the demo, by the commands that a user would type; with --rates, priming at many rates.
+"""Table 1 on the demo, by the two commands; with --rates, AT with and without priming at many rates.
 
     python benchmarks/demo_table.py                                  # the seven rows for Hindi
-    python benchmarks/demo_table.py --rates --tgt hi                 # AT, primed and not: rate × epochs
+    python benchmarks/demo_table.py --rates --tgt hi                 # AT, primed and not: rates × epochs
 
-Settings were chosen on the validation splits: --split validation prints what they were chosen by. What the
-runs leave is in --output, which each call begins anew. Prints Markdown: mean ± standard deviation of the
-seeds of fine-tuning.
+The settings were chosen on the validation splits: --split validation prints the scores that they were chosen
+by. Each call deletes the runs of an earlier one from --output. Prints Markdown tables of mean ± standard
+deviation over the seeds of fine-tuning.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -17,113 +15,137 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ["--model", ROOT / "demo/encoder", "--data", ROOT / "demo/wikiann"]
+sys.path.insert(0, str(ROOT))
+import report
+
+DEMO = ["--model", report.DEMO["model"], "--data", report.DEMO["data"]]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT",
          6: "MP [MAML Loop] → AT", 7: "MP [1 Inner Step] → AT"}
 PRIMING = {4: [], 5: ["--method", "ft"], 6: ["--method", "maml"], 7: ["--inner-steps", 1]}
 TUNING = {1: ["--tune", "full", "--lr", 1e-3], 2: ["--tune", "head", "--lr", 3e-2]}
+SLOWEST = (6, 1)  # rows to start first
 
 
-def run(script: str, *flags: object) -> None:
+def run_command(script: str, *flags: object) -> None:
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     print("$", *command, file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=sys.stderr, env=ENVIRONMENT)
 
 
-def prime(args: argparse.Namespace, row: int) -> Path:
-    folder = args.output / f"primed-{row}"
-    run("prime.py", *DEMO, "--steps", args.steps, *PRIMING[row], "--output", folder)
+def prime_row(row: int, steps: int, output: Path) -> Path:
+    folder = output / f"primed-{row}"
+    run_command("prime.py", *DEMO, "--steps", steps, *PRIMING[row], "--output", folder)
     return folder
 
 
-def tune(args: argparse.Namespace, name: object, *flags: object) -> pandas.Series:
-    """F1 of every target and seed."""
-    results = args.output / f"results-{name}"
-    run("finetune.py", "--tgt", *args.tgt, *DEMO, "--split", args.split, "--seeds", *args.seeds,
-        "--results", results, *flags)
-    lines = [json.loads(path.read_text()) for path in results.glob("*.json")]
-    return pandas.DataFrame(lines).set_index(["target", "seed"]).sort_index()["f1"]
+def tune(
+    results: Path, targets: Sequence[str], seeds: Sequence[int], split: str, *flags: object
+) -> pandas.Series:
+    """F1 by target and seed."""
+    run_command("finetune.py", "--tgt", *targets, *DEMO, "--split", split, "--seeds", *seeds,
+                "--results", results, *flags)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
+    return pandas.DataFrame(records).set_index(["target", "seed"]).sort_index()["f1"]
 
 
-def rows(args: argparse.Namespace) -> None:
-    """The table of all seven rows."""
-    def measure(row: int) -> pandas.Series:
-        init = prime(args, row) if row in PRIMING else "none"
-        flags = TUNING.get(row, ["--lr", args.lr])
-        return tune(args, row, "--init", init, "--epochs", args.epochs[0], *flags)
+def measure_rows(
+    output: Path, targets: Sequence[str], seeds: Sequence[int], split: str, *, epochs: int, lr: float,
+    steps: int, workers: int,
+) -> dict[int, pandas.Series]:
+    """F1 by row of Table 1."""
+    def measure(row):
+        init = prime_row(row, steps, output) if row in PRIMING else "none"
+        flags = ["--init", init, "--epochs", epochs, *TUNING.get(row, ["--lr", lr])]
+        return tune(output / f"results-{row}", targets, seeds, split, *flags)
 
-    order = sorted(NAMES, key=lambda row: row not in (6, 1))  # what takes longest first
-    with ThreadPoolExecutor(args.jobs) as pool:
-        scores = dict(zip(order, pool.map(measure, order)))
-    print(f"\n| | {' | '.join(args.tgt)} |\n|{'---|' * (len(args.tgt) + 1)}")
-    for row in NAMES:
-        print(f"| {row} {NAMES[row]} | {' | '.join(cell(scores[row][target]) for target in args.tgt)} |")
-    mean = {row: f1.groupby("target").mean() for row, f1 in scores.items()}
+    rows = sorted(NAMES, key=lambda row: row not in SLOWEST)
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(rows, pool.map(measure, rows)))
+
+
+def measure_rates(
+    output: Path, targets: Sequence[str], seeds: Sequence[int], split: str, *, epochs: Sequence[int],
+    rates: Sequence[float], steps: int, workers: int,
+) -> dict[tuple[int, int, float], pandas.Series]:
+    """F1 by row (3 or 4), epochs and rate."""
+    inits = {3: "none", 4: prime_row(4, steps, output)}
+
+    def measure(key):
+        row, number, lr = key
+        flags = ["--init", inits[row], "--epochs", number, "--lr", lr]
+        return tune(output / f"results-{row}-{number}-{lr:g}", targets, seeds, split, *flags)
+
+    keys = [(row, number, lr) for row in inits for number in epochs for lr in rates]
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(keys, pool.map(measure, keys)))
+
+
+def print_rows(f1: dict[int, pandas.Series], targets: Sequence[str]) -> None:
+    """Table 1, and the share of the gap between AT and Full FT that each priming closes."""
+    rows = [[f"{row} {NAMES[row]}", *(cell(f1[row][target]) for target in targets)] for row in NAMES]
+    mean = {row: values.groupby("target").mean() for row, values in f1.items()}
     for row in PRIMING:
         share = 100 * (mean[row] - mean[3]) / (mean[1] - mean[3])
-        cells = " | ".join(f"{share[target]:.0f}" for target in args.tgt)
-        print(f"| % of the gap that {row} closes | {cells} |")
+        rows.append([f"% of the gap that {row} closes", *(f"{share[target]:.0f}" for target in targets)])
+    print("\n" + report.markdown(["", *targets], rows))
 
 
-def rates(args: argparse.Namespace) -> None:
-    """AT with priming and without it, at every rate; the best of the one against the best of the other."""
-    inits = {"AT": "none", "Meta Priming → AT": prime(args, 4)}
-    runs = [(name, epochs, lr) for name in inits for epochs in args.epochs for lr in args.rates]
-
-    def measure(run: tuple[str, int, float]) -> pandas.Series:
-        name, epochs, lr = run
-        return tune(args, runs.index(run), "--init", inits[name], "--epochs", epochs, "--lr", lr)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        scores = dict(zip(runs, pool.map(measure, runs)))
-    table = pandas.DataFrame(scores)
-    for target in args.tgt:
-        print(f"\n| {target} | epochs | {' | '.join(f'{lr:g}' for lr in args.rates)} | best |")
-        print("|" + "---|" * (len(args.rates) + 3))
-        f1, best = table.loc[target], {}
-        for name, epochs in dict.fromkeys(column[:2] for column in f1):
-            columns = [f1[name, epochs, lr] for lr in args.rates]
-            best[name, epochs] = max(columns, key=lambda column: column.mean())
-            cells = " | ".join(map(cell, columns))
-            print(f"| {name} | {epochs} | {cells} | {best[name, epochs].mean():.1f} |")
-        for epochs in args.epochs:
-            gain = best["Meta Priming → AT", epochs] - best["AT", epochs]
-            print(f"\n{target}, {epochs} epochs, best against best: {cell(gain)}, at least {gain.min():.1f}")
+def print_rates(
+    f1: dict[tuple[int, int, float], pandas.Series], targets: Sequence[str], rates: Sequence[float]
+) -> None:
+    """AT and row 4 at every rate, by number of epochs, and the gain of the best rate over the best rate."""
+    for target in targets:
+        best, rows = {}, []
+        for row, epochs in dict.fromkeys(key[:2] for key in f1):
+            columns = [f1[row, epochs, lr][target] for lr in rates]
+            best[row, epochs] = max(columns, key=lambda column: column.mean())
+            rows.append([NAMES[row], epochs, *map(cell, columns), f"{best[row, epochs].mean():.1f}"])
+        print("\n" + report.markdown([target, "epochs", *(f"{lr:g}" for lr in rates), "best"], rows))
+        for epochs in dict.fromkeys(epochs for _, epochs in best):
+            gain = best[4, epochs] - best[3, epochs]
+            print(f"\n{target}, {epochs} epochs, best − best: {cell(gain)}, lowest {gain.min():.1f}")
 
 
-def cell(seeds: pandas.Series) -> str:
-    return f"{seeds.mean():.1f} ± {seeds.std():.1f}" if len(seeds) > 1 else f"{seeds.mean():.1f}"
+def cell(f1: pandas.Series) -> str:
+    return report.mean_std(f1, digits=1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flag = parser.add_argument
-    flag("--tgt", nargs="+", default=["hi"], metavar="LANG")
-    flag("--rates", type=float, nargs="*", metavar="LR", help="AT, at these or 1e-3 3e-3 1e-2 3e-2")
-    flag("--epochs", type=int, nargs="+", default=[10, 30], help="with --rates each of them, else the first")
-    flag("--lr", type=float, default=1e-2, help="of rows 3 to 7")
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of fine-tuning")
-    flag("--steps", type=int, default=400, help="meta steps")
-    flag("--split", choices=["test", "validation"], default="test")
-    flag("--jobs", type=int, default=2, help="commands at a time, of one thread each")
-    flag("--output", type=Path, default=Path("demo-table"), help="folder for what the runs leave")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--tgt", nargs="+", default=["hi"], metavar="LANG", help="target languages")
+    add("--rates", type=float, nargs="*", metavar="LR",
+        help="tune AT, primed and not, at these rates; without values: 1e-3 3e-3 1e-2 3e-2")
+    add("--epochs", type=int, nargs="+", default=[10, 30], help="with --rates all of them, else the first")
+    add("--lr", type=float, default=1e-2, help="rate of rows 3 to 7")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of fine-tuning")
+    add("--steps", type=int, default=400, help="number of meta steps")
+    add("--split", choices=["test", "validation"], default="test", help="split to score")
+    add("--jobs", type=int, default=2, help="commands to run at a time, with one thread each")
+    add("--output", type=Path, default=Path("demo-table"), help="folder for primed encoders and results")
     args = parser.parse_args()
-    for mark in [*args.output.glob("results-*"), *args.output.glob("primed-*")]:  # of an earlier call
-        shutil.rmtree(mark)
+    for folder in [*args.output.glob("results-*"), *args.output.glob("primed-*")]:
+        shutil.rmtree(folder)
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
+    common = args.output, args.tgt, args.seeds, args.split
+    options = {"steps": args.steps, "workers": args.jobs}
     if args.rates is None:
-        rows(args)
+        f1 = measure_rows(*common, epochs=args.epochs[0], lr=args.lr, **options)
+        print_rows(f1, args.tgt)
     else:
-        args.rates = args.rates or [1e-3, 3e-3, 1e-2, 3e-2]
-        rates(args)
+        rates = args.rates or [1e-3, 3e-3, 1e-2, 3e-2]
+        f1 = measure_rates(*common, epochs=args.epochs, rates=rates, **options)
+        print_rates(f1, args.tgt, rates)
     print(f"\n{time.perf_counter() - began:.0f} s")
 
 

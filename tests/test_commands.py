@@ -1,4 +1,4 @@
-"""The commands on the demo: each row of Table 1, each PE method, and what is kept."""
+"""The two commands on the demo: each row of Table 1, each PE method, and what they write."""
 
 import copy
 import itertools
@@ -6,30 +6,28 @@ import json
 import math
 import shutil
 import statistics
-import sys
-from argparse import Namespace
 
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, HINDI, PE, PRIMING, SMALL_PRIMING, SMALL_TUNING, START, TAGS, TUNING, TYPES, command, moved,
-    read_results, tensors,
+    DEMO, FROM_PRETRAINED, HERE, HINDI, PRIMING, SMALL_PRIMING, SMALL_TUNING, TUNING, TYPES, command,
+    moved, read_results, tensors,
 )
+from torch import nn
 
 import adapters
-import finetune
 import prime
 
 HIDDEN = 96  # of the demo's encoder
-THETA_A = {
+ADAPTER_SHAPES = {
     "adapter.down.weight": (8, HIDDEN), "adapter.down.bias": (8,),
     "adapter.up.weight": (HIDDEN, 8), "adapter.up.bias": (HIDDEN,),
 }
-THETA_H = {"head.weight": (7, HIDDEN), "head.bias": (7,)}
+HEAD_SHAPES = {"head.weight": (7, HIDDEN), "head.bias": (7,)}
 
 
-def theta_p():
-    """Of the demo's encoder, under the names that it has in the model; the pooler is in no set."""
+def pretrained_parameters():
+    """The demo's encoder without its pooler, under the names that the Tagger gives it."""
     named = tensors("demo/encoder").items()
     return {f"encoder.{name}": tensor for name, tensor in named if not name.startswith("pooler.")}
 
@@ -38,16 +36,7 @@ def shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def parameters_of(pe):
-    """θp and θa by their names in a BERT of two layers: what the files on disk are held to."""
-    pretrained = set(theta_p())
-    theta_a = {
-        "bitfit": {name for name in pretrained if name.endswith("bias")},
-    }[pe]
-    return pretrained, theta_a
-
-
-# ---- Table 1: what moves ----
+# ---- Table 1: which parameters move ----
 
 
 @pytest.mark.parametrize("row", PRIMING)
@@ -55,169 +44,161 @@ def test_priming_moves_exactly_theta_p_and_theta_a(row, table):
     primed = table[row][0] / "primed"
     before, after = tensors("demo/encoder"), tensors(primed)
     assert after.keys() == before.keys()
-    assert {f"encoder.{name}" for name in moved(after, before)} == theta_p().keys()
+    assert {f"encoder.{name}" for name in moved(after, before)} == pretrained_parameters().keys()
     theta_a = tensors(primed, "adapter.safetensors")
-    assert shapes(theta_a) == THETA_A and all(p.any() for p in theta_a.values())  # biases start at zero
+    assert shapes(theta_a) == ADAPTER_SHAPES
+    assert all(p.any() for p in theta_a.values())  # biases start at zero
 
 
-def test_each_way_of_priming_gives_another_theta(table):
+def test_each_method_of_priming_gives_different_weights(table):
     primed = {row: tensors(table[row][0] / "primed") for row in PRIMING}
     for row, other in itertools.combinations(PRIMING, 2):
         assert moved(primed[row], primed[other])
 
 
 @pytest.mark.parametrize("row", range(1, 8))
-def test_row_updates_exactly_its_parameters(row, table):
+def test_each_row_updates_exactly_its_parameters(row, table):
     folder, _ = table[row]
-    pretrained = theta_p()
-    expected = {**THETA_H, **(THETA_A if row > 2 else {}), **(shapes(pretrained) if row == 1 else {})}
+    pretrained = pretrained_parameters()
+    expected = {
+        **HEAD_SHAPES, **(ADAPTER_SHAPES if row > 2 else {}), **(shapes(pretrained) if row == 1 else {}),
+    }
     tuned = tensors(folder / "tuned/hi-0", "tuned.safetensors")
     assert shapes(tuned) == expected
     updated = sum(map(math.prod, expected.values()))
     frozen = 0 if row == 1 else sum(p.numel() for p in pretrained.values())
-    line = read_results(folder / "results")[0]
-    assert (line["updated"], line["parameters"]) == (updated, updated + frozen)
-    assert line["share"] == updated / (updated + frozen)
+    record = read_results(folder / "results")[0]
+    assert (record["updated"], record["parameters"]) == (updated, updated + frozen)
+    assert record["share"] == updated / (updated + frozen)
     if row == 1:
         assert moved({name: tuned[name] for name in pretrained}, pretrained) == pretrained.keys()
     if row in PRIMING:
-        theta_a_star = tensors(folder / "primed", "adapter.safetensors")
-        assert moved(theta_a_star, tuned) == theta_a_star.keys()
+        primed_adapter = tensors(folder / "primed", "adapter.safetensors")
+        assert moved(primed_adapter, tuned) == primed_adapter.keys()
 
 
-@pytest.mark.parametrize("moves", ["full", "head", *PE])
-def test_fine_tuning_leaves_the_rest_bit_identical(moves, demo):
-    encoder, _, sentences = demo
-    tune, pe = (moves, "adapter") if moves in ("full", "head") else ("adapter", moves)
-    args = Namespace(
-        tune=tune, pe=pe, init="none", load=None, bottleneck=8, bf16=False, device="cpu", types=TYPES,
-        epochs=2, min_steps=0, batch_size=8, lr=1e-2,
-    )
-    encoder, untouched = (copy.deepcopy(encoder).float() for _ in range(2))
-    model, tuned = finetune.start(args, encoder, {}, 0, sentences[:40])
-    model.double()
-    before = copy.deepcopy(model.state_dict())
-    finetune.tune(args, model, tuned, sentences[:40], 0)
-    still = {name for name in tuned if name.endswith("key.bias")}  # attention does not depend on it
-    assert tuned.keys() - still <= moved(model.state_dict(), before) <= tuned.keys()
-    assert not moved(encoder.state_dict(), untouched.state_dict())  # the next run starts from the same
-
-
-@pytest.mark.parametrize("pe", PE[1:])
-def test_each_pe_method_is_primed_tuned_saved_and_loaded(pe, tmp_path):
-    """What is saved is the plain encoder, under its own names, and θa."""
+def test_biases_are_primed_tuned_saved_and_loaded(tmp_path):
+    """The primed folder holds a plain encoder under the encoder's own names, and θa."""
     from transformers import AutoModel
 
-    pretrained, theta_a = parameters_of(pe)
-    base, plain = [*HINDI, *SMALL_TUNING, "--results", tmp_path / "r"], tensors("demo/encoder")
+    before, pretrained = tensors("demo/encoder"), pretrained_parameters().keys()
+    biases = {name for name in pretrained if name.endswith("bias")}
+    flags = [*HINDI, *SMALL_TUNING, "--results", tmp_path / "r"]
     for method in ("meta", "ft"):
-        output = tmp_path / method
-        flags = [*SMALL_PRIMING, "--pe", pe, "--method", method, "--output", output]
-        command("prime.py", *DEMO, *flags)
-        after, primed = tensors(output), tensors(output, "adapter.safetensors")
-        assert after.keys() == plain.keys() and primed.keys() == theta_a
-        assert {f"encoder.{name}" for name in moved(after, plain)} == pretrained
-        if pe == "bitfit":  # θa is a part of the encoder
-            assert not moved(primed, {f"encoder.{name}": p for name, p in after.items()})
+        output, save = tmp_path / method, tmp_path / f"{method}-tuned"
+        command("prime.py", *DEMO, *SMALL_PRIMING, "--pe", "bitfit", "--method", method, "--output", output)
+        after, theta_a = tensors(output), tensors(output, "adapter.safetensors")
+        assert after.keys() == before.keys() and theta_a.keys() == biases
+        assert {f"encoder.{name}" for name in moved(after, before)} == pretrained
+        assert not moved(theta_a, {f"encoder.{name}": p for name, p in after.items()})
         assert not moved(after, AutoModel.from_pretrained(output).state_dict())
-        command("finetune.py", *base, "--init", output, "--save", tmp_path / f"{method}-tuned",
-                "--seeds", 0, 1)
-        for seed in (0, 1):  # which both start from θa*
-            tuned = tensors(tmp_path / f"{method}-tuned/hi-{seed}", "tuned.safetensors")
-            assert tuned.keys() == {*theta_a, *THETA_H} and moved(primed, tuned) == theta_a
-        command("finetune.py", *base, "--load", tmp_path / f"{method}-tuned/hi-1")
-        _, tuned_line, again = read_results(tmp_path / "r")[-3:]
-        assert again["f1"] == tuned_line["f1"] and again["updated"] == sum(p.numel() for p in tuned.values())
-    command("finetune.py", *base, *START, "--pe", pe, "--bottleneck", 8)
-    assert read_results(tmp_path / "r")[-1]["updated"] == again["updated"]
+        command("finetune.py", *flags, "--init", output, "--save", save, "--seeds", 0, 1)
+        for seed in (0, 1):  # both start from the primed biases
+            tuned = tensors(save / f"hi-{seed}", "tuned.safetensors")
+            assert tuned.keys() == {*biases, *HEAD_SHAPES} and moved(theta_a, tuned) == biases
+        command("finetune.py", *flags, "--load", save / "hi-1")
+        _, trained, loaded = read_results(tmp_path / "r")[-3:]
+        assert loaded["f1"] == trained["f1"]
+        assert loaded["updated"] == trained["updated"] == sum(p.numel() for p in tuned.values())
+    command("finetune.py", *flags, *FROM_PRETRAINED, "--pe", "bitfit")
+    assert read_results(tmp_path / "r")[-1]["updated"] == loaded["updated"]
 
 
-@pytest.mark.parametrize("pe", PE)
-def test_second_order_runs_from_the_command_and_gives_another_theta(pe, tmp_path):
-    for name, flags in (("first", []), ("second", ["--second-order"])):
-        command("prime.py", *DEMO, *SMALL_PRIMING, "--pe", pe, *flags, "--output", tmp_path / name)
+@pytest.mark.parametrize("method, pe", [("meta", "adapter"), ("meta", "bitfit"), ("maml", "adapter")])
+def test_second_order_gives_different_weights(method, pe, tmp_path):
+    flags = [*DEMO, *SMALL_PRIMING, "--method", method, "--pe", pe]
+    command("prime.py", *flags, "--output", tmp_path / "first")
+    command("prime.py", *flags, "--second-order", "--output", tmp_path / "second")
     assert moved(tensors(tmp_path / "first"), tensors(tmp_path / "second"))
 
 
+def hand_written_losses(method, pe, *, steps, tasks, support, query, inner_steps, inner_lr, outer_lr, seed):
+    """The sum of the query losses of each meta step of Algorithm 1 with copies of the model and SGD, or of
+    FT priming, on the demo's first 20 training sentences."""
+    torch.manual_seed(seed)
+    encoder, tokenizer = adapters.load_encoder("demo/encoder", 128)
+    corpora = [adapters.load_sentences("demo/wikiann", language, "train", tokenizer, types=TYPES,
+                                       max_length=128, limit=20) for language in ("en", "es")]
+    model = adapters.build_tagger(encoder, types=TYPES, pe=pe, bottleneck=64, device="cpu", bf16=False,
+                                  sentences=sum(corpora, []))
+    theta_p, theta_a, theta_h = model.split_parameters()
+    inner = {**theta_a, **theta_h, **(theta_p if method == "maml" else {})}
+    outer = {**theta_p, **theta_a, **(theta_h if method == "ft" else {})}
+    optimizer = torch.optim.AdamW(outer.values(), weight_decay=0.01)
+    batches = prime.sample_batches(corpora, steps=steps, tasks=tasks, support=support, query=query, seed=seed)
+    losses = []
+    for step, batch in enumerate(batches):
+        optimizer.zero_grad()
+        if method == "ft":
+            model.train()
+            sets = model.encode_sets([support + query for support, query in batch])
+            query_losses = [adapters.tag_loss(model, sentences) for sentences in sets]
+            sum(query_losses).backward()
+        else:
+            query_losses, copies = [], [copy.deepcopy(model) for _ in batch]
+            for (support_set, query_set), adapted in zip(batch, copies):
+                parameters = dict(adapted.named_parameters())
+                sgd = torch.optim.SGD([parameters[name] for name in inner], inner_lr)
+                for _ in range(inner_steps):
+                    adapted.zero_grad()
+                    adapters.tag_loss(adapted, support_set).backward()
+                    sgd.step()
+                adapted.zero_grad()
+                query_losses.append(adapters.tag_loss(adapted, query_set))
+                query_losses[-1].backward()
+                for name, p in outer.items():
+                    p.grad = parameters[name].grad + (0 if p.grad is None else p.grad)
+            model.head.load_state_dict(copies[0].head.state_dict())
+        optimizer.param_groups[0]["lr"] = outer_lr * (1 - step / steps)
+        optimizer.step()
+        losses.append(sum(loss.item() for loss in query_losses))
+    return losses
+
+
 @pytest.mark.parametrize(
-    "method, pe, more",
-    [("meta", "adapter", []), ("maml", "adapter", ["--second-order"]), ("ft", "adapter", []),
-     ("meta", "bitfit", ["--second-order"])],
+    "method, pe", [("meta", "adapter"), ("meta", "bitfit"), ("maml", "adapter"), ("ft", "adapter")]
 )
-def test_flags_reach_algorithm_1_and_dropout_is_on_in_ft_priming(method, pe, more, monkeypatch, tmp_path):
-    seen = Namespace(tasks=[])
-
-    def spy(model, *, theta_p, theta_a, theta_h, batches, **settings):
-        seen.training = {module.training for module in model.modules()}
-        seen.settings = settings
-        for tasks in batches:
-            seen.tasks += [[len(part) for part in task] for task in tasks]
-            for parameter in [*theta_p.values(), *theta_a.values()]:
-                parameter.grad = torch.zeros_like(parameter)
-            yield [0.0] * len(tasks)
-
-    monkeypatch.setattr(prime, "prime", spy)
-    flags = ["--steps", "3", "--inner-steps", "2", "--inner-lr", "0.2", "--tasks", "4", "--pe", pe, *more]
-    flags += ["--support", "5", "--query", "6", "--limit-train", "20", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["prime.py", *DEMO, "--method", method, *flags])
-    prime.main()
-    told = seen.settings
-    assert seen.training == {method == "ft"}
-    assert (told["maml"], told["second_order"], told["inner_lr"]) == (method == "maml", bool(more), 0.2)
-    assert told["inner_steps"] == (0 if method == "ft" else 2)
-    assert told["encode"] is None or pe == "adapter"  # only where it is exact
-    assert seen.tasks == 3 * 4 * [[0, 11] if method == "ft" else [5, 6]]
+def test_the_command_does_what_algorithm_1_does_with_its_flags(method, pe, tmp_path):
+    settings = {"steps": 3, "tasks": 3, "support": 5, "query": 6, "inner_steps": 2, "inner_lr": 0.05,
+                "outer_lr": 1e-3, "seed": 1}
+    flags = [flag for name, value in settings.items() for flag in (f"--{name.replace('_', '-')}", value)]
+    command("prime.py", *DEMO, *flags, "--limit-train", 20, "--method", method, "--pe", pe,
+            "--output", tmp_path / "out")
+    losses = json.loads((tmp_path / "out/priming.json").read_text())["last_losses"]
+    assert losses == pytest.approx(hand_written_losses(method, pe, **settings), rel=1e-5)
 
 
-@pytest.mark.parametrize("tune", ["adapter", "head", "full"])
-def test_dropout_is_on_in_full_fine_tuning_alone_and_off_in_scoring(tune, demo, monkeypatch):
-    modes = set()
+@pytest.mark.parametrize("trainable", ["adapter", "head", "bitfit", "full"])
+def test_encoders_below_theta_a_run_once_and_full_fine_tuning_alone_has_dropout(trainable, tmp_path):
+    """Per batch of the encoder: how many sentences, and with dropout or not. There are 30 sentences for
+    training and 30 for the test, two epochs and two seeds. The check of packing uses four at most."""
+    batches, start_of_sentence = [], 2  # the id of [CLS]
 
-    def spy(model, batch):
-        modes.update(module.training for module in owner.modules())
-        return loss(model, batch)
+    def record_batch(module, args):
+        if isinstance(module, nn.Embedding) and module.num_embeddings == 1834:
+            batches.append((int((args[0] == start_of_sentence).sum()), module.training))
 
-    loss = prime.tag_loss
-    monkeypatch.setattr(prime, "tag_loss", spy)
-    args = Namespace(
-        tune=tune, pe="adapter", init="none", load=None, bottleneck=8, bf16=False, device="cpu", types=TYPES,
-        epochs=1, min_steps=0, batch_size=8, lr=1e-2,
-    )
-    owner, tuned = finetune.start(args, copy.deepcopy(demo[0]).train(), {}, 0, demo[2][:8])
-    finetune.tune(args, owner.double(), tuned, demo[2][:8], 0)
-    finetune.predict(owner, demo[2][:8], TAGS)
-    assert modes == {tune == "full"} and not any(module.training for module in owner.modules())
-
-
-def test_features_are_computed_once_where_theta_p_stays(tmp_path, monkeypatch):
-    encoded, encode = [], adapters.Tagger.encode
-
-    def spy(self, sentences):
-        encoded.append(len(sentences))
-        return encode(self, sentences)
-
-    monkeypatch.setattr(adapters.Tagger, "encode", spy)
-    monkeypatch.setattr(adapters.Tagger, "choose_packing", lambda *given: None)
-    base = [*HINDI, *SMALL_TUNING, *START, "--seeds", 0, 1, "--results", tmp_path / "r"]
-    for tune in ("adapter", "head"):
-        encoded.clear()
-        command("finetune.py", *base, "--tune", tune)
-        assert encoded == [60]
-    encoded.clear()
-    command("finetune.py", *base, "--tune", "full")
-    assert encoded == 2 * [*2 * [16, 14], 30]
+    hook = nn.modules.module.register_module_forward_pre_hook(record_batch)
+    tune = ["--pe", "bitfit"] if trainable == "bitfit" else ["--tune", trainable]
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, *tune, "--seeds", 0, 1]
+    command("finetune.py", *flags, "--results", tmp_path / "r")
+    hook.remove()
+    dropout = trainable == "full"
+    every_epoch = [*2 * [(16, dropout), (14, dropout)], (30, False)]
+    expected = [(60, False)] if trainable in ("adapter", "head") else 2 * every_epoch
+    assert [batch for batch in batches if batch[0] > 4] == expected
 
 
-# ---- what is kept ----
+# ---- what the commands write ----
 
 
-def test_same_seed_same_bytes_another_seed_others(table, primed, tmp_path):
-    def priming_bytes(folder):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(table, primed, tmp_path):
+    def primed_bytes(folder):
         return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
 
     for seed in (0, 1):
         command("prime.py", *DEMO, *SMALL_PRIMING, "--seed", seed, "--output", tmp_path / str(seed))
-    first, again, other = (priming_bytes(folder) for folder in (primed, tmp_path / "0", tmp_path / "1"))
+    first, again, other = (primed_bytes(folder) for folder in (primed, tmp_path / "0", tmp_path / "1"))
     assert first == again and all(a != b for a, b in zip(first, other))
     outputs = ["--results", tmp_path / "results", "--save", tmp_path]
     command("finetune.py", *HINDI, *SMALL_TUNING, *TUNING[3], *outputs)
@@ -226,66 +207,71 @@ def test_same_seed_same_bytes_another_seed_others(table, primed, tmp_path):
     assert again == seed_0 != seed_1
 
 
-def test_results_have_every_setting_and_the_table_its_means(table):
+def test_results_have_every_setting_and_the_table_has_their_means(table):
     folder, stdout = table[4]
-    lines = read_results(folder / "results")
-    runs = [(line["target"], line["seed"], line["seeds"], line["tune"]) for line in lines]
+    records = read_results(folder / "results")
+    runs = [(record["target"], record["seed"], record["seeds"], record["tune"]) for record in records]
     assert runs == [("hi", 0, [0], "adapter"), ("hi", 1, [1], "adapter")]
-    told = {
+    settings = {
         "epochs": 2, "batch_size": 16, "lr": 3e-3, "train_sentences": 30, "test_sentences": 30,
         "init": str(folder / "primed"), "model": "demo/encoder", "bottleneck": 8, "split": "test",
-        "max_length": 128, "data": "demo/wikiann", "types": TYPES,
+        "max_length": 128, "types": TYPES,
         "priming": json.loads((folder / "primed/priming.json").read_text()),
     }
-    scores = {"f1", "precision", "recall"}
-    assert all(told.items() <= line.items() and scores <= line.keys() for line in lines)
-    f1 = [line["f1"] for line in lines]
-    row = ["hi", f"{statistics.mean(f1):.2f}", f"{statistics.stdev(f1):.2f}", "2"]
-    assert stdout.splitlines()[-1].split() == row
+    metrics = {"f1", "precision", "recall"}
+    assert all(settings.items() <= record.items() for record in records)
+    assert all(metrics <= record.keys() for record in records)
+    f1 = [record["f1"] for record in records]
+    last_line = ["hi", f"{statistics.mean(f1):.2f}", f"{statistics.stdev(f1):.2f}", "2"]
+    assert stdout.splitlines()[-1].split() == last_line
 
 
-def test_one_seed_has_no_spread_and_no_nan(tmp_path):
-    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
-    shutil.copytree("demo/wikiann/af", tmp_path / "data/af")
-    flags = ["--data", tmp_path / "data", *SMALL_TUNING, *START, "--results", tmp_path / "r"]
+def test_records_name_the_data_set(table):
+    folder, _ = table[4]
+    primed = json.loads((folder / "primed/priming.json").read_text())
+    assert all("demo/wikiann" in record.values() for record in [primed, *read_results(folder / "results")])
+
+
+def test_one_seed_has_no_standard_deviation(tmp_path):
+    flags = ["--data", "demo/wikiann", *SMALL_TUNING, *FROM_PRETRAINED, "--results", tmp_path / "r"]
     stdout = command("finetune.py", "--tgt", "hi", "af", *flags).stdout
-    f1 = [f"{line['f1']:.2f}" for line in read_results(tmp_path / "r")]
-    rows = [line.split() for line in stdout.splitlines()[-2:]]
-    assert rows == [["hi", f1[0], "-", "1"], ["af", f1[1], "-", "1"]] and "nan" not in stdout.lower()
+    f1 = [f"{record['f1']:.2f}" for record in read_results(tmp_path / "r")]
+    last_lines = [line.split() for line in stdout.splitlines()[-2:]]
+    assert last_lines == [["hi", f1[0], "-", "1"], ["af", f1[1], "-", "1"]] and "nan" not in stdout.lower()
 
 
-def test_few_sentences_get_the_epochs_that_make_the_steps(tmp_path):
-    base = [*HINDI, *SMALL_TUNING, *TUNING[3]]
+def test_min_steps_adds_whole_epochs(tmp_path):
     tuned = []
-    for epochs, steps in ((2, 0), (1, 3), (1, 2)):  # an epoch of 30 sentences has two steps
-        name = f"{epochs}-{steps}"
-        outputs = ["--save", tmp_path / name, "--results", tmp_path / f"{name}"]
-        command("finetune.py", *base, "--epochs", epochs, "--min-steps", steps, *outputs)
-        tuned.append(tensors(tmp_path / name / "hi-0", "tuned.safetensors"))
-    four, three_at_least, two = tuned
-    assert not moved(four, three_at_least) and moved(four, two) == four.keys()
+    for epochs, min_steps in ((2, 0), (1, 3), (1, 2)):  # an epoch of 30 sentences has two steps
+        folder = tmp_path / f"{epochs}-{min_steps}"
+        flags = ["--epochs", epochs, "--min-steps", min_steps, "--save", folder, "--results", folder / "r"]
+        command("finetune.py", *HINDI, *SMALL_TUNING, *TUNING[3], *flags)
+        tuned.append(tensors(folder / "hi-0", "tuned.safetensors"))
+    two_epochs, at_least_three_steps, one_epoch = tuned
+    assert not moved(two_epochs, at_least_three_steps)
+    assert moved(two_epochs, one_epoch) == two_epochs.keys()
 
 
-def test_primed_loads_elsewhere(primed):
+def test_a_primed_folder_loads_in_transformers_and_records_its_run(primed):
     from transformers import AutoModel, AutoTokenizer
 
     assert not moved(tensors(primed), AutoModel.from_pretrained(primed).state_dict())
-    text, elsewhere = "Delhi is a city .", AutoTokenizer.from_pretrained(HERE / "demo/encoder")
-    assert AutoTokenizer.from_pretrained(primed)(text) == elsewhere(text)
+    text, original = "Delhi is a city .", AutoTokenizer.from_pretrained(HERE / "demo/encoder")
+    assert AutoTokenizer.from_pretrained(primed)(text) == original(text)
     record = json.loads((primed / "priming.json").read_text())
     assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2 and record["versions"]["torch"]
     assert record["src"] == ["en", "es"] and record["types"] == TYPES
-    assert not {path.suffix for path in primed.iterdir()} - {".json", ".safetensors"}
+    assert {path.suffix for path in primed.iterdir()} == {".json", ".safetensors"}
 
 
-def test_split_chooses_what_is_scored(table, tmp_path):
-    """The validation split under the name of the test split has the same score; the test split another."""
+def test_split_chooses_the_sentences_that_are_scored(table, tmp_path):
+    """A test split with the validation split's sentences gets the score of the validation split."""
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
     shutil.copy("demo/wikiann/hi/validation.txt", tmp_path / "data/hi/test.txt")
     flags = ["--tgt", "hi", "--load", table[4][0] / "tuned/hi-1", "--results", tmp_path / "r"]
     command("finetune.py", *flags, "--data", "demo/wikiann", "--split", "validation")
     command("finetune.py", *flags, "--data", tmp_path / "data")
     command("finetune.py", *flags, "--data", "demo/wikiann")
-    lines = read_results(tmp_path / "r")
-    validation, renamed, test = ((line["f1"], line["test_sentences"]) for line in lines)
-    assert validation == renamed != test
+    records = read_results(tmp_path / "r")
+    validation, copied, test = ((record["f1"], record["test_sentences"]) for record in records)
+    assert validation == copied != test

@@ -1,122 +1,254 @@
-"""The examples that carry what was tuned to text and to other tools."""
+"""The examples: tags for text, export to transformers, LoRA, a causal language model, and sine waves."""
 
+import copy
+import io
+import re
 import sys
 
 import pytest
 import torch
-from conftest import DEMO, EXTRA, HINDI, SMALL_PRIMING, SMALL_TUNING, START, command, read_results
+from conftest import (
+    DEMO, FROM_PRETRAINED, HERE, HINDI, SMALL_PRIMING, SMALL_TUNING, TAGS, command, moved, needs_peft,
+    random_encoder, read_results, save_encoder,
+)
 
 import adapters
 import finetune
-import prime
 
-TEXT = "Delhi is a city .\n\n  zxq\u0301 \U0001f600 दिल्ली\tम\u200dें \nDelhi\n"
+TEXT = "Delhi is a city .\n\n  zxq\u0301 \U0001f600 दिल्ली\tम\u200dें \n\t \nNew\u00a0Delhi and\u3000so\u2028on\r\nDelhi\n"
+WORDS = [  # of each line; only ASCII blanks separate them
+    ["Delhi", "is", "a", "city", "."], [], ["zxq\u0301", "\U0001f600", "दिल्ली", "म\u200dें"], [],
+    ["New\u00a0Delhi", "and\u3000so\u2028on"], ["Delhi"],
+]
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A pair tuned by each --tune."""
+    """A folder of --save for each --tune, trained until it finds entities."""
     root = tmp_path_factory.mktemp("tuned")
-    for tune in ("adapter", "head", "full"):
-        command("finetune.py", *HINDI, *START, *SMALL_TUNING, "--tune", tune, "--save", root / tune,
-                "--results", root / "results")
+    for tune, lr in {"adapter": 1e-2, "head": 1e-1, "full": 1e-3}.items():
+        command("finetune.py", *HINDI, *FROM_PRETRAINED, "--epochs", 10, "--tune", tune,
+                "--lr", lr, "--save", root / tune, "--results", root / "results")
+    assert all(record["f1"] > 20 for record in read_results(root / "results"))
     return root
 
 
-def model_of(folder):
-    """What finetune.py loads."""
-    argv, sys.argv = sys.argv, ["finetune.py", "--tgt", "-", *map(str, folder)]
-    try:
-        args = finetune.parse_arguments()
-    finally:
-        sys.argv = argv
-    encoder, tokenizer, saved = finetune.load_base(args)
-    return finetune.start(args, encoder, saved, 0, [])[0], tokenizer
+def sentences_of(output):
+    """The lines of each sentence; an empty line ends it."""
+    assert output == "" or output.endswith("\n\n") or output == "\n"
+    sentences = [[]]
+    for line in output.split("\n")[:-1]:
+        if line:
+            sentences[-1].append(line.split("\t"))
+        else:
+            sentences.append([])
+    return sentences[:-1]
+
+
+# ---- tag.py ----
 
 
 @pytest.mark.parametrize("tune", ["adapter", "head", "full"])
-def test_every_word_of_a_text_gets_a_line_and_the_tag_that_the_model_gives(tune, tuned, tmp_path):
+def test_each_word_of_a_text_gets_the_models_tag_and_each_line_of_text_a_sentence(tune, tuned, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     done = command("examples/tag.py", tuned / tune / "hi-0", tmp_path / "text.txt")
-    blocks = [[line.split("\t") for line in block.split("\n")] for block in done.stdout.strip("\n").split("\n\n")]
-    words = [line.split() for line in TEXT.split("\n") if line.split()]
-    assert [[word for word, _ in block] for block in blocks] == words and done.stderr == ""
-    model, tokenizer = model_of(["--load", tuned / tune / "hi-0"])
-    tags = prime.tag_names(["PER", "ORG", "LOC"])
-    for block, sentence in zip(blocks, words, strict=True):
-        (alone,) = adapters.tokenize([(sentence, [0] * len(sentence))], tokenizer, 128)
-        best = model([alone]).argmax(dim=-1).tolist()
-        assert [tag for _, tag in block] == [tags[i] for i in best]
+    sentences = sentences_of(done.stdout)
+    assert [[word for word, _ in sentence] for sentence in sentences] == WORDS
+    assert done.stderr == ""
+    model, tokenizer, tags = finetune.load_tagger(tuned / tune / "hi-0")
+    assert tags == TAGS
+    for sentence, words in zip(sentences, WORDS, strict=True):
+        if words:
+            (alone,) = adapters.tokenize([(words, [0] * len(words))], tokenizer, 128)
+            best = iter(model([alone]).argmax(dim=-1).tolist())
+            expected = [tags[next(best)] if start >= 0 else "O" for start in alone.word_starts]
+            assert [tag for _, tag in sentence] == expected
 
 
-def test_a_text_that_is_too_long_or_not_utf_8_is_told(tuned, tmp_path):
+def test_text_from_standard_input_gives_the_same_tags_as_from_a_file(tuned, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    from_file = command("examples/tag.py", tuned / "head/hi-0", tmp_path / "text.txt").stdout
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert command("examples/tag.py", tuned / "head/hi-0", "-").stdout == from_file
+
+
+def test_words_that_are_cut_off_are_tagged_o_and_counted(tuned, tmp_path):
+    (tmp_path / "text.txt").write_text("Delhi " * 200)
+    done = command("examples/tag.py", tuned / "full/hi-0", tmp_path / "text.txt")
+    ((*words,),) = sentences_of(done.stdout)
+    cut_off = 200 - 126  # 128 pieces, two of them special tokens
+    assert len(words) == 200 and all(tag == "O" for _, tag in words[-cut_off:])
+    assert f"{cut_off} of 200 words" in done.stderr and "--max-length 128" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_text_without_words_has_only_its_empty_lines(text, tuned, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    assert command("examples/tag.py", tuned / "head/hi-0", tmp_path / "text.txt").stdout == "\n" * text.count("\n")
+
+
+def test_bad_text_and_bad_folders_end_tag_with_one_line(tuned, tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("Delhi " * 200)
-    done = command("examples/tag.py", tuned / "head/hi-0", path)
-    assert done.stdout.count("Delhi\t") == 200 and "no piece within --max-length 128: " in done.stderr
-    path.write_text("\n \n")
-    assert command("examples/tag.py", tuned / "head/hi-0", path).stdout == ""
     path.write_bytes(b"Delhi \xff\n")
     (line,) = command("examples/tag.py", tuned / "head/hi-0", path, status=2).stderr.splitlines()
-    assert "text.txt: UnicodeDecodeError" in line
+    assert line.startswith(f"tag.py: {path}: expected UTF-8: UnicodeDecodeError")
+    path.write_text("Delhi\n")
     (line,) = command("examples/tag.py", tmp_path, path, status=2).stderr.splitlines()
-    assert "which --save writes: FileNotFoundError" in line
+    assert line.startswith(f"tag.py: {tmp_path}/tuned.json: ")
+    (line,) = command("examples/tag.py", tuned / "head/hi-0", tmp_path / "x", status=2).stderr.splitlines()
+    assert "No such file" in line
+    *_, line = command("examples/tag.py", tuned / "head/hi-0", status=2).stderr.splitlines()
+    assert "either a file or --gold" in line
 
 
-@pytest.mark.parametrize("tune", ["head", "full"])
-def test_transformers_loads_what_was_exported_and_scores_alike(tune, tuned, tmp_path):
-    import transformers
-
-    command("examples/export.py", tuned / tune / "hi-0", tmp_path / "out")
-    whole = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
-    assert whole.config.id2label == dict(enumerate(prime.tag_names(["PER", "ORG", "LOC"])))
-    model, tokenizer = model_of(["--load", tuned / tune / "hi-0"])
-    (sentence,) = adapters.tokenize([(["Delhi", "is", "here"], [0, 0, 0])], tokenizer, 128)
-    scores = whole(input_ids=torch.tensor([sentence.pieces])).logits[0, sentence.first]
-    torch.testing.assert_close(scores, model([sentence]), rtol=0, atol=1e-5)
-    tagger = transformers.pipeline("token-classification", model=str(tmp_path / "out"))
-    assert {found["entity"] for found in tagger("Delhi is here")} <= {*whole.config.id2label.values()}
-
-
-def test_predictions_of_a_split_have_the_score_that_finetune_tells(tuned, tmp_path):
-    """Counted by seqeval in its own words: the columns are gold and predicted."""
+def test_the_tags_of_a_split_have_the_score_that_finetune_reports(tuned, tmp_path):
+    """F1 is counted here by seqeval, from the gold and the predicted column."""
     from seqeval.metrics import f1_score
 
     command("finetune.py", *HINDI, "--load", tuned / "full/hi-0", "--results", tmp_path)
-    (line,) = read_results(tmp_path)
-    told = command("examples/tag.py", tuned / "full/hi-0", "--gold", "demo/wikiann", "hi", "test").stdout
-    blocks = [[row.split("\t") for row in block.split("\n")] for block in told.strip("\n").split("\n\n")]
-    _, gold, found = zip(*(zip(*block) for block in blocks))
-    assert 100 * f1_score([*map(list, gold)], [*map(list, found)]) == pytest.approx(line["f1"])
+    (record,) = read_results(tmp_path)
+    output = command("examples/tag.py", tuned / "full/hi-0", "--gold", "demo/wikiann", "hi", "test").stdout
+    _, gold, predicted = zip(*(zip(*sentence) for sentence in sentences_of(output)))
+    assert 100 * f1_score([*map(list, gold)], [*map(list, predicted)]) == pytest.approx(record["f1"])
 
 
-@EXTRA
-def test_peft_loads_what_was_primed_for_lora(monkeypatch, tmp_path):
-    """With the features of the model that was primed; both θp and θa have moved."""
+# ---- export.py ----
+
+
+@pytest.mark.parametrize("tune", ["head", "full"])
+def test_transformers_gives_the_same_logits_from_an_exported_folder(tune, tuned, tmp_path):
+    import transformers
+
+    command("examples/export.py", tuned / tune / "hi-0", tmp_path / "out")
+    exported = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert exported.config.id2label == dict(enumerate(TAGS))
+    model, tokenizer, _ = finetune.load_tagger(tuned / tune / "hi-0")
+    (sentence,) = adapters.tokenize([(["Delhi", "is", "here"], [0, 0, 0])], tokenizer, 128)
+    logits = exported(input_ids=torch.tensor([sentence.input_ids])).logits[0, sentence.word_starts]
+    torch.testing.assert_close(logits, model([sentence]), rtol=0, atol=1e-5)
+    tagger = transformers.pipeline("token-classification", model=str(tmp_path / "out"))
+    assert {entity["entity"] for entity in tagger("Delhi is here")} <= {*TAGS}
+
+
+def test_what_cannot_be_exported_ends_with_one_line_and_writes_nothing(tuned, tmp_path):
+    (line,) = command("examples/export.py", tuned / "adapter/hi-0", tmp_path / "out", status=2).stderr.splitlines()
+    assert "transformers has no class for --tune adapter" in line
+    (tmp_path / "mine").mkdir()
+    (line,) = command("examples/export.py", tuned / "head/hi-0", tmp_path / "mine", status=2).stderr.splitlines()
+    assert f"{tmp_path}/mine already exists" in line
+    encoder = save_encoder(random_encoder("Splinter", 1834), tmp_path / "encoder")
+    command("finetune.py", *HINDI, *SMALL_TUNING, "--init", "none", "--model", encoder, "--tune", "head",
+            "--save", tmp_path / "tuned", "--results", tmp_path / "results")
+    (line,) = command("examples/export.py", tmp_path / "tuned/hi-0", tmp_path / "out", status=2).stderr.splitlines()
+    assert "transformers has no class for token classification with splinter" in line
+    assert not (tmp_path / "out").exists() and not [*tmp_path.glob("out*.new")]
+
+
+# ---- peft ----
+
+
+@needs_peft
+def test_peft_loads_what_lora_py_primed(tmp_path):
+    """One meta step, repeated here on a model that is not saved, gives the features of the loaded one."""
+    import lora
     import peft
     import transformers
 
-    primed, saved = [], peft.PeftModel.save_pretrained
+    import prime
+
+    torch.manual_seed(0)
+    encoder, tokenizer = adapters.load_encoder("demo/encoder", 128)
+    options = {"types": ["PER", "ORG", "LOC"], "max_length": 128, "limit": 50}
+    corpora = [adapters.load_sentences("demo/wikiann", name, "train", tokenizer, **options) for name in ("en", "es")]
+    primed = lora.add_lora(encoder, 8)
+    model = adapters.build_tagger(
+        primed, types=options["types"], pe=None, bottleneck=8, device="cpu", bf16=False, sentences=sum(corpora, []))
+    theta_p = dict(primed.named_parameters())
+    theta_a = {name: theta_p.pop(name) for name in [*theta_p] if ".lora_" in name}
+    batches = prime.sample_batches(corpora, steps=1, tasks=2, support=4, query=4, seed=0)
+    adapted = torch.optim.SGD([*theta_a.values(), *model.head.parameters()], lr=0.03)
+    outer = torch.optim.AdamW([*theta_p.values(), *theta_a.values()], lr=1e-3, weight_decay=0.01)
+    initial_state, total = copy.deepcopy(model.state_dict()), {}
+    for support, query in next(batches):
+        model.load_state_dict(initial_state)
+        for _ in range(5):
+            model.zero_grad()
+            adapters.tag_loss(model, support).backward()
+            adapted.step()
+        model.zero_grad()
+        adapters.tag_loss(model, query).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad
+    model.load_state_dict(initial_state)
+    for name, p in model.named_parameters():
+        p.grad = total.get(name)
+    outer.step()
+    command("examples/lora.py", *DEMO, *SMALL_PRIMING, "--steps", 1, "--outer-lr", 1e-3, "--output", tmp_path / "out")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "out")
     ids = torch.arange(10, 40)[None]
-
-    def spy(self, folder, **more):
-        primed.append(self(input_ids=ids).last_hidden_state.detach().clone())
-        saved(self, folder, **more)
-
-    monkeypatch.setattr(peft.PeftModel, "save_pretrained", spy)
-    command("examples/lora.py", *DEMO, *SMALL_PRIMING, "--outer-lr", 1e-3, "--output", tmp_path / "primed")
-    base = transformers.AutoModel.from_pretrained(tmp_path / "primed")
-    pretrained = transformers.AutoModel.from_pretrained("demo/encoder")
-    plain, before = (model(input_ids=ids).last_hidden_state for model in (base, pretrained))
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "primed/lora").eval()
-    found = theirs(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(found, primed[0], rtol=0, atol=1e-6)
-    assert (found - plain).abs().max() > 1e-5 and (plain - before).abs().max() > 1e-3
+    before = transformers.AutoModel.from_pretrained("demo/encoder")(input_ids=ids).last_hidden_state
+    without_lora = base(input_ids=ids).last_hidden_state
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out/lora").eval()(input_ids=ids).last_hidden_state
+    expected = primed(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
+    assert min((loaded - without_lora).abs().max(), (without_lora - before).abs().max()) > 1e-3
 
 
-def test_what_no_other_tool_has_a_class_for_is_refused(tuned, tmp_path):
-    (line,) = command("examples/export.py", tuned / "adapter/hi-0", tmp_path / "out", status=2).stderr.splitlines()
-    assert "transformers has no class" in line and not (tmp_path / "out").exists()
-    (tmp_path / "mine").mkdir()
-    (line,) = command("examples/export.py", tuned / "head/hi-0", tmp_path / "mine", status=2).stderr.splitlines()
-    assert "mine: FileExistsError" in line
+@needs_peft
+def test_a_primed_causal_model_is_the_same_after_saving_and_loading(tmp_path):
+    """Base and LoRA: both were moved by priming, and only LoRA is trained later."""
+    import causal_lm
+
+    torch.manual_seed(0)
+    model = causal_lm.add_lora(causal_lm.load_base(None))
+    initial_state = copy.deepcopy(dict(model.named_parameters()))
+    causal_lm.prime_lora(model, steps=2, outer_lr=2e-3)
+    primed = copy.deepcopy(dict(model.named_parameters()))
+    assert moved(primed, initial_state) == primed.keys()
+    causal_lm.save(model, tmp_path)
+    loaded = causal_lm.load(tmp_path)
+    after = dict(loaded.named_parameters())
+    assert after.keys() == primed.keys() and not moved(after, primed)
+    assert {name for name, p in after.items() if p.requires_grad} == {name for name in after if ".lora_" in name}
+
+
+@needs_peft
+def test_causal_lm_shows_the_gain_of_priming_on_new_ciphers(tmp_path):
+    """The example's own claim: ten steps of SGD get at least 25 points further after priming."""
+    first, *lines = command("examples/causal_lm.py", "--output", tmp_path / "out").stdout.splitlines()
+    before, after = (float(number) for number in first.split("query loss ")[1].split(" in ")[0].split(" → "))
+    assert after < before
+    shares = [[float(part.split()[-1].rstrip("%")) for part in line.split(", ")] for line in lines]
+    assert len(shares) == 2 and all(primed > not_primed for not_primed, primed in shares)
+    assert shares[0][1] >= shares[0][0] + 25
+    assert {"base", "lora"} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+# ---- sinusoid.py, README ----
+
+
+def test_an_mlp_that_is_primed_for_sine_waves_fits_new_ones_in_100_steps():
+    first, *rows = command("examples/sinusoid.py").stdout.splitlines()[1:]
+    errors = [float(row.split()[-1]) for row in rows]
+    assert len(first.split()) == 3 + 11 and len(errors) == 4
+    assert errors[3] < 0.5 * min(errors[:3])
+
+
+def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tuned, tmp_path, monkeypatch):
+    readme = (HERE / "examples/README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (code,) = [block for block in blocks if "load_tagger" in block]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned").mkdir()
+    for i, language in enumerate(("hi", "nl")):
+        command("finetune.py", "--tgt", language, "--data", HERE / "demo/wikiann", *SMALL_TUNING, "--init", "none",
+                "--model", HERE / "demo/encoder", "--seeds", i, "--save", tmp_path / "all", "--results", tmp_path / "r")
+        (tmp_path / f"all/{language}-{i}").rename(tmp_path / f"tuned/{language}-0")
+    scope = {}
+    exec(code, scope)
+    assert scope["taggers"].keys() == {"hi-0", "nl-0"}
+    for name, tagger in scope["taggers"].items():
+        assert tagger.encoder is scope["first"].encoder
+        alone, _, tags = finetune.load_tagger(tmp_path / "tuned" / name)
+        assert finetune.predict(tagger, scope["sentences"], tags) == finetune.predict(alone, scope["sentences"], tags)

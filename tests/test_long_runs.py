@@ -1,13 +1,11 @@
-"""Runs that are killed, stopped, gone on with, shared among processes, or end in what is not finite."""
+"""Runs that are killed, interrupted, resumed, started twice at once, or no longer finite."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -18,82 +16,82 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, HINDI, LONG, SMALL_TUNING, START, TUNING, command, contents, read_results,
-    tensors,
+    FROM_PRETRAINED, HINDI, SLOW_PRIMING, SMALL_TUNING, command, processes, run_process, start_process,
 )
-from safetensors.torch import save_file
+from torch import nn
 
 import prime
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["prime", "finetune", "transformers.models.bert.modeling_bert", "datasets", "seqeval.metrics", "conftest"]
-)
+
+def kill_this_process(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def child(script, flags, stderr, environment=None, fault=None):
-    """The target of a process: a script with its flags, its stderr in a file, and perhaps a fault."""
-    os.environ.update(environment or {})
-    torch.set_num_threads(1)
-    sys.argv, sys.stdout = [script, *map(str, flags)], open(os.devnull, "w")
-    sys.stderr = sys.__stderr__ = open(stderr, "w", buffering=1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it
-    if fault:
-        fault()
-    runpy.run_path(str(HERE / script), run_name="__main__")
+def killed_before_the_folder_is_claimed():
+    os.link = kill_this_process
 
 
-def begin(flags, stderr, script="prime.py", **settings):
-    process = processes.Process(target=child, args=(script, flags, stderr), kwargs=settings)
-    process.start()
-    return process
+def killed_after_the_folder_is_claimed():
+    link = os.link
+
+    def link_and_die(*args):
+        link(*args)
+        kill_this_process()
+
+    os.link = link_and_die
 
 
-def finish(flags, stderr, status=0, **settings):
-    process = begin(flags, stderr, **settings)
-    process.join()
-    assert process.exitcode == status, Path(stderr).read_text()
-
-
-def killed_while_a_checkpoint_is_written():
+def killed_in_the_fifth_checkpoint():
     save = torch.save
 
-    def half(state, path):
+    def save_half(state, path):
         save(state, path)
-        if len(state[1]) == 5:
+        if len(state[0]) == 5:
             os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_this_process()
 
-    torch.save = half
+    torch.save = save_half
 
 
-def killed_before_a_file_takes_its_place(nth=5):
+def killed_before_replacement(number):
+    """Before the file that is written as number `number` gets its name."""
     replace, count = Path.replace, itertools.count(1)
 
-    def kill_instead(path, target):
-        if next(count) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def replace_or_die(path, target):
+        if next(count) == number:
+            kill_this_process()
         return replace(path, target)
 
-    Path.replace = kill_instead
+    Path.replace = replace_or_die
 
 
-def killed_after_the_first_step():
-    killed_before_a_file_takes_its_place(nth=2)
+def killed_before_the_first_checkpoint_gets_its_name():
+    killed_before_replacement(1)
 
 
-def killed_before_the_last_file():
-    killed_before_a_file_takes_its_place(nth=12 + 1)
-
-
-def killed_after_the_last_file():
-    Path.unlink = lambda path, missing_ok=False: os.kill(os.getpid(), signal.SIGKILL)
+def killed_before_the_second_checkpoint_gets_its_name():
+    killed_before_replacement(2)
 
 
 def killed_before_the_adapter_is_written():
     import safetensors.torch
 
-    safetensors.torch.save_file = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+    safetensors.torch.save_file = kill_this_process
+
+
+def killed_before_the_record_gets_its_name():
+    killed_before_replacement(12 + 1)
+
+
+def killed_before_the_checkpoint_is_deleted():
+    unlink = Path.unlink
+
+    def unlink_or_die(path, *args, **kwargs):
+        if path.name == "checkpoint.pt":
+            kill_this_process()
+        unlink(path, *args, **kwargs)
+
+    Path.unlink = unlink_or_die
 
 
 def disk_full(size=100_000):
@@ -101,229 +99,278 @@ def disk_full(size=100_000):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def disk_full_for_the_last_checkpoint():
+def disk_full_at_the_last_checkpoint():
     save = torch.save
 
-    def full(state, path):
-        if len(state[1]) == 12:
+    def save_to_full_disk(state, path):
+        if len(state[0]) == 12:
             disk_full()
         save(state, path)
 
-    torch.save = full
+    torch.save = save_to_full_disk
+
+
+def disk_full_after_the_last_checkpoint():
+    save = torch.save
+
+    def save_and_fill_disk(state, path):
+        save(state, path)
+        if len(state[0]) == 12:
+            disk_full()
+
+    torch.save = save_and_fill_disk
+
+
+def no_fcntl():
+    """As on Windows. Modules that may use it are imported again."""
+    for name in ("prime", "adapters", "fcntl"):
+        sys.modules.pop(name, None)
+    sys.modules["fcntl"] = None
 
 
 def primed_bytes(folder):
     return [(folder / name).read_bytes() for name in ("model.safetensors", "adapter.safetensors")]
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The bytes of a run that was never stopped."""
-    output = tmp_path_factory.mktemp("whole") / "primed"
-    finish([*LONG, "--output", output], output.parent / "stderr")
-    assert not list(output.glob("checkpoint*"))
-    return primed_bytes(output)
+def uninterrupted(tmp_path_factory):
+    """The output of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "primed"
+    run_process("prime.py", [*SLOW_PRIMING, "--output", output], output.parent / "stderr")
+    return output
 
 
 def steps_done(output, steps=12):
-    """What stands under its name is a whole checkpoint, or a whole result, or nothing."""
+    """The number of steps that the folder has kept: each file is complete or does not have its name yet."""
     if (output / "priming.json").exists():
         assert json.loads((output / "priming.json").read_text())["steps"] == steps and primed_bytes(output)
         return steps
     if (output / "checkpoint.pt").exists():
-        _, losses, states = torch.load(output / "checkpoint.pt", weights_only=True)
+        losses, states = torch.load(output / "checkpoint.pt", weights_only=True)
         assert 1 <= len(losses) <= steps and len(states) == 3
         return len(losses)
     return 0
 
 
-# ---- killed and stopped ----
+# ---- killed and interrupted ----
 
 
-def test_twenty_kills_at_random_moments_lose_nothing_but_the_step_under_way(tmp_path):
-    flags, chance, done = [*LONG, "--steps", 20, "--output"], random.Random(0), []
-    finish([*flags, tmp_path / "warm"], tmp_path / "stderr")  # the server of processes has started then
-    began = time.perf_counter()
-    finish([*flags, tmp_path / "whole"], tmp_path / "stderr")
-    seconds, output = time.perf_counter() - began, tmp_path / "primed"
-    expected = primed_bytes(tmp_path / "whole")
+def test_twenty_kills_at_random_moments_lose_at_most_one_step(uninterrupted, tmp_path):
+    flags, rng, done = [*SLOW_PRIMING, "--output"], random.Random(0), []
+    start = time.perf_counter()
+    run_process("prime.py", [*flags, tmp_path / "timed"], tmp_path / "stderr")
+    seconds, output = time.perf_counter() - start, tmp_path / "primed"
     for _ in range(20):
-        process = begin([*flags, output], tmp_path / "stderr")
-        time.sleep(chance.uniform(0, seconds))
+        process = start_process("prime.py", [*flags, output], tmp_path / "stderr")
+        time.sleep(rng.uniform(0, seconds))
         process.kill()
         process.join()
-        done.append(steps_done(output, 20))
+        done.append(steps_done(output))
         if (output / "priming.json").exists():
-            assert primed_bytes(output) == expected
+            assert primed_bytes(output) == primed_bytes(uninterrupted)
             shutil.rmtree(output)
-    assert any(0 < steps < 20 for steps in done), done
-    finish([*flags, output], tmp_path / "stderr")
-    assert primed_bytes(output) == expected and not list(output.glob("*.new"))
+    assert any(0 < steps < 12 for steps in done), done
+    run_process("prime.py", [*flags, output], tmp_path / "stderr")
+    assert primed_bytes(output) == primed_bytes(uninterrupted) and not list(output.glob("*.new"))
 
 
 @pytest.mark.parametrize(
     "fault, steps",
     [
-        (killed_while_a_checkpoint_is_written, 4), (killed_before_a_file_takes_its_place, 4),
-        (killed_after_the_first_step, 1), (killed_before_the_adapter_is_written, 12),
-        (killed_before_the_last_file, 12), (killed_after_the_last_file, 12),
+        (killed_before_the_folder_is_claimed, 0), (killed_after_the_folder_is_claimed, 0),
+        (killed_before_the_first_checkpoint_gets_its_name, 0),
+        (killed_before_the_second_checkpoint_gets_its_name, 1), (killed_in_the_fifth_checkpoint, 4),
+        (killed_before_the_adapter_is_written, 12), (killed_before_the_record_gets_its_name, 12),
+        (killed_before_the_checkpoint_is_deleted, 12),
     ],
 )
-def test_a_kill_at_the_worst_moment_leaves_what_the_same_command_makes_whole(fault, steps, whole, tmp_path):
-    flags, output = [*LONG, "--output", tmp_path / "primed"], tmp_path / "primed"
-    finish(flags, tmp_path / "stderr", -signal.SIGKILL, fault=fault)
+def test_the_same_command_completes_a_run_killed_at_the_worst_moment(fault, steps, uninterrupted, tmp_path):
+    flags, output = [*SLOW_PRIMING, "--output", tmp_path / "primed"], tmp_path / "primed"
+    run_process("prime.py", flags, tmp_path / "stderr", -signal.SIGKILL, fault=fault)
     assert steps_done(output) == steps
-    assert (output / "priming.json").exists() == (fault is killed_after_the_last_file)
-    finish(flags, tmp_path / "stderr")
-    assert primed_bytes(output) == whole and not list(output.glob("*.new"))
-    assert (output / "priming.json").exists()
+    assert (output / "priming.json").exists() == (fault is killed_before_the_checkpoint_is_deleted)
+    run_process("prime.py", flags, tmp_path / "stderr")
+    assert primed_bytes(output) == primed_bytes(uninterrupted)
+    assert names(output) - {"checkpoint.pt"} == names(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("method", ["meta", "ft"])  # with dropout, the random state counts too
-def test_a_stopped_run_goes_on_to_the_same_bits(number, method, tmp_path):
-    flags = [*LONG, "--steps", 60, "--save-every", 7, "--method", method, "--output"]
-    finish([*flags, tmp_path / "whole"], tmp_path / "stderr")
-    process = begin([*flags, tmp_path / "primed"], tmp_path / "stopped")
-    while not (tmp_path / "primed/checkpoint.pt").exists():
-        time.sleep(0.005)
-    os.kill(process.pid, number)
-    process.join()
-    told = (tmp_path / "stopped").read_text()
-    if number == signal.SIGINT:
-        assert process.exitcode == 2 and told == "prime.py: interrupted; the same command goes on\n"
+@pytest.mark.parametrize("method", ["meta", "ft"])  # ft has dropout, so its random state matters too
+def test_an_interrupted_run_resumes_to_the_same_bits(method, tmp_path):
+    flags = [*SLOW_PRIMING, "--steps", 30, "--save-every", 4, "--method", method, "--output"]
+    run_process("prime.py", [*flags, tmp_path / "uninterrupted"], tmp_path / "stderr")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        output = tmp_path / number.name
+        process = start_process("prime.py", [*flags, output], tmp_path / "stderr")
+        while not (output / "checkpoint.pt").exists():
+            time.sleep(0.005)
+        os.kill(process.pid, number)
+        process.join()
+        message = (tmp_path / "stderr").read_text()
+        if number == signal.SIGINT:
+            assert process.exitcode == 2 and len(message.splitlines()) == 1
+            assert message.startswith("prime.py: interrupted") and "last checkpoint" in message
+        else:
+            assert process.exitcode == -number and not message
+        assert 4 <= steps_done(output, 30) < 30
+        run_process("prime.py", [*flags, output], tmp_path / "stderr")
+        assert primed_bytes(output) == primed_bytes(tmp_path / "uninterrupted")
+
+
+def interrupted_in_the_first_step():
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    torch.optim.AdamW.step = interrupt
+
+
+def test_an_interruption_before_the_first_checkpoint_promises_no_more_than_is_kept(uninterrupted, tmp_path):
+    flags, output = [*SLOW_PRIMING, "--output", tmp_path / "primed"], tmp_path / "primed"
+    run_process("prime.py", flags, tmp_path / "stderr", 2, fault=interrupted_in_the_first_step)
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert names(output) == {"settings.json"}
+    assert line.startswith("prime.py: interrupted") and "from the last checkpoint" in line
+    run_process("prime.py", flags, tmp_path / "stderr")
+    assert primed_bytes(output) == primed_bytes(uninterrupted)
+
+
+# ---- one folder, one run ----
+
+
+def test_two_equal_runs_at_once_both_succeed_with_the_bytes_of_one(uninterrupted, tmp_path):
+    output = tmp_path / "primed"
+    flags = [*SLOW_PRIMING, "--output", output]
+    both = [start_process("prime.py", flags, tmp_path / f"stderr-{i}") for i in range(2)]
+    for process in both:
+        process.join()
+    messages = [(tmp_path / f"stderr-{i}").read_text() for i in range(2)]
+    assert [process.exitcode for process in both] == [0, 0], messages
+    assert primed_bytes(output) == primed_bytes(uninterrupted) and names(output) == names(uninterrupted)
+    assert "complete" in command("prime.py", *flags).stdout  # the record's checksums fit the files
+
+
+@pytest.mark.parametrize("moment", ["before the folder is listed", "before the claim gets its name"])
+def test_an_equal_run_may_claim_the_folder_or_finish_at_any_moment(moment, uninterrupted, monkeypatch, tmp_path):
+    output, iterdir, link = tmp_path / "primed", Path.iterdir, os.link
+
+    def claimed_before_the_folder_is_listed(folder):
+        if folder == output and not (output / "settings.json").exists():
+            shutil.copy(uninterrupted / "settings.json", output)
+        return iterdir(folder)
+
+    def finished_before_the_claim_gets_its_name(new, path):
+        shutil.copytree(uninterrupted, output, dirs_exist_ok=True)
+        os.unlink(new)  # as a run that finishes does with all temporary files
+        link(new, path)
+
+    if moment == "before the folder is listed":
+        monkeypatch.setattr(Path, "iterdir", claimed_before_the_folder_is_listed)
     else:
-        assert process.exitcode == -number and not told
-    assert 7 <= steps_done(tmp_path / "primed", 60) < 60
-    finish([*flags, tmp_path / "primed"], tmp_path / "stderr")
-    assert primed_bytes(tmp_path / "primed") == primed_bytes(tmp_path / "whole")
+        monkeypatch.setattr(os, "link", finished_before_the_claim_gets_its_name)
+    command("prime.py", *SLOW_PRIMING, "--output", output)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [["--inner-lr", "0.1"], ["--steps", "13"], ["--src", "es", "en"], ["--seed", "1"], ["--bf16"],
-     ["--types", "PER", "ORG", "LOC", "MISC"], "data", "weights", "cut", "flipped", "a file of others"],
-    ids=str,
-)
-def test_another_run_in_the_same_folder_is_refused_and_nothing_in_it_touched(change, unfinished, tmp_path):
-    """The base and data are put where they were when the run was cut off, so that nothing else differs."""
-    root, flags = unfinished
-    shutil.copytree(root, tmp_path / "copy")
-    output = tmp_path / "copy/primed"
-    flags = [*flags, "--output", output]
-    path = output / "checkpoint.pt"
-    if change == "data":
-        edited = root / "wikiann/en/train.txt"
-        edited.write_text(edited.read_text().replace("B-LOC", "B-ORG", 1))
-    elif change == "weights":
-        edited = root / "encoder/model.safetensors"
-        weights = tensors(root / "encoder")
-        weights["embeddings.word_embeddings.weight"][0, 0] += 1e-6
-        save_file(weights, edited, {"format": "pt"})
-    elif change == "cut":
-        os.truncate(path, path.stat().st_size // 2)
-    elif change == "flipped":
-        path.write_bytes(b"x" + path.read_bytes()[1:])
-    elif change == "a file of others":
-        path.rename(output / "thesis.tex")
-    else:
-        flags += change
-    before = contents(output)
-    done = command("prime.py", *flags, status=2)
-    if change in ("data", "weights"):
-        source = tmp_path / "copy" / edited.relative_to(root)
-        shutil.copy(source, edited)
-    (line,) = done.stderr.splitlines()
-    assert f"prime.py: --output {output} " in line if change in ("cut", "flipped") else "name another" in line
-    assert contents(output) == before
-    command("prime.py", *unfinished[1], "--output", shutil.copytree(root / "primed", tmp_path / "unchanged"))
+def test_one_of_two_different_runs_at_once_wins_and_the_other_is_told_why(tmp_path):
+    output = tmp_path / "primed"
+    both = [start_process("prime.py", [*SLOW_PRIMING, "--seed", seed, "--output", output],
+                          tmp_path / f"stderr-{seed}") for seed in (0, 1)]
+    for process in both:
+        process.join()
+    messages = [(tmp_path / f"stderr-{seed}").read_text() for seed in (0, 1)]
+    assert sorted(process.exitcode for process in both) == [0, 2], messages
+    winner = [process.exitcode for process in both].index(0)
+    (line,) = messages[1 - winner].splitlines()
+    assert f"{output} holds a run with --seed {winner} (now {1 - winner})" in line
+    assert json.loads((output / "priming.json").read_text())["seed"] == winner
+    flags = [*SLOW_PRIMING, "--seed", winner, "--output"]
+    command("prime.py", *flags, tmp_path / "alone")
+    assert primed_bytes(output) == primed_bytes(tmp_path / "alone")
 
 
-def test_a_second_command_on_one_output_is_refused(tmp_path):
-    flags = [*LONG, "--steps", 2000, "--output", tmp_path / "primed"]
-    first = begin(flags, tmp_path / "stderr")
-    while not (tmp_path / "primed/checkpoint.pt").exists():
-        time.sleep(0.01)
-    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
-    assert f"--output {tmp_path}/primed (does another command write there?)" in line
-    assert first.is_alive()
-    first.kill()
-    first.join()
-    assert steps_done(tmp_path / "primed", 2000) >= 1
+def test_priming_needs_no_fcntl_module(uninterrupted, tmp_path):
+    flags = [*SLOW_PRIMING, "--output", tmp_path / "primed"]
+    run_process("prime.py", flags, tmp_path / "stderr", fault=no_fcntl)
+    assert primed_bytes(tmp_path / "primed") == primed_bytes(uninterrupted)
 
 
 # ---- not finite, disk full ----
 
 
 @pytest.mark.parametrize("flags", [["--method", "maml", "--inner-lr", 1e4], ["--outer-lr", 1e15]])
-def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(flags, tmp_path):
-    done = command("prime.py", *LONG, "--steps", 300, "--output", tmp_path / "primed", *flags, status=2)
-    (line,) = done.stderr.splitlines()
-    told = r"step (\d+): losses \[\S+, \S+\] of \['en', 'es'\] in turn, gradient \S+; lower"
-    found = re.search(told, line)
-    assert found and "nan" in line or "inf" in line, line
-    assert steps_done(tmp_path / "primed", 300) == int(found[1]) - 1
+def test_a_loss_that_is_not_finite_stops_priming_after_the_last_good_checkpoint(flags, tmp_path):
+    flags = [*SLOW_PRIMING, "--steps", 300, "--output", tmp_path / "primed", *flags]
+    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
+    match = re.search(r"meta step (\d+): query losses \[\S+, \S+\], gradient norm \S+; lower --inner-lr", line)
+    assert match and ("nan" in line or "inf" in line), line
+    assert steps_done(tmp_path / "primed", 300) == int(match[1]) - 1
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(monkeypatch, tmp_path):
-    steps, loss = itertools.count(1), prime.tag_loss
+def test_a_gradient_that_is_not_finite_stops_priming_though_the_loss_is_finite(monkeypatch, tmp_path):
+    calls, cross_entropy = itertools.count(1), nn.functional.cross_entropy
 
-    def sharp(model, sentences):  # the root has an infinite slope at zero
-        scores = model(sentences)
-        more = torch.sqrt(0 * scores.sum()) if next(steps) > 24 else 0
-        return loss(lambda _: scores, sentences) + more
+    def with_infinite_slope(logits, tags):  # the square root has one at zero
+        return cross_entropy(logits, tags) + (torch.sqrt(0 * logits.sum()) if next(calls) > 24 else 0)
 
-    monkeypatch.setattr(prime, "tag_loss", sharp)
-    flags = [*LONG, "--method", "ft", "--steps", 100, "--output", tmp_path / "primed"]
-    monkeypatch.setattr(sys, "argv", ["prime.py", *map(str, flags)])
-    with pytest.raises(prime.BadInput, match=r"step 13: .* \[\d\S+, \d\S+\] .* nan"):
-        prime.main()
+    monkeypatch.setattr(nn.functional, "cross_entropy", with_infinite_slope)
+    flags = [*SLOW_PRIMING, "--method", "ft", "--steps", 100, "--output", tmp_path / "primed"]
+    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
+    assert re.search(r"meta step 13: query losses \[\d\S+, \d\S+\], gradient norm nan", line), line
     assert steps_done(tmp_path / "primed", 100) == 12
 
 
 def test_a_loss_that_is_not_finite_stops_fine_tuning(tmp_path):
-    flags = [*HINDI, *SMALL_TUNING, *START, "--tune", "full", "--lr", 1e15]
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--tune", "full", "--lr", 1e15]
     done = command("finetune.py", *flags, "--results", tmp_path / "r", "--save", tmp_path / "s", status=2)
     assert "fine-tuning, seed 0: the loss is nan; lower --lr" in done.stderr
-    assert not [*(tmp_path / "r").iterdir()] and not (tmp_path / "s").exists()
+    assert not [*(tmp_path / "r").iterdir()] and not [*(tmp_path / "s").iterdir()]
 
 
-@pytest.mark.parametrize("fault, steps", [(disk_full, 0), (disk_full_for_the_last_checkpoint, 11)])
-def test_a_full_disk_is_told_and_leaves_no_output_that_looks_complete(fault, steps, whole, tmp_path):
+@pytest.mark.parametrize(
+    "fault, steps",
+    [(disk_full, 0), (disk_full_at_the_last_checkpoint, 11), (disk_full_after_the_last_checkpoint, 12)],
+)
+def test_a_full_disk_leaves_no_output_that_looks_complete(fault, steps, uninterrupted, tmp_path):
     output = tmp_path / "primed"
-    finish([*LONG, "--output", output], tmp_path / "stderr", 2, fault=fault)
+    flags = [*SLOW_PRIMING, "--output", output]
+    run_process("prime.py", flags, tmp_path / "stderr", 2, fault=fault)
     (line,) = (tmp_path / "stderr").read_text().splitlines()
-    assert line.startswith(f"prime.py: writing {output}") and steps_done(output) == steps
-    finish([*LONG, "--output", output], tmp_path / "stderr")
-    assert primed_bytes(output) == whole
+    assert line.startswith("prime.py: ") and str(output) in line and steps_done(output) == steps
+    run_process("prime.py", flags, tmp_path / "stderr")
+    assert primed_bytes(output) == primed_bytes(uninterrupted)
 
 
-# ---- several processes ----
+# ---- data parallel ----
 
 
 def prime_a_share(rank, count, port, path):
-    """The target of a process: two of its own tasks a step, by the lines that README has for it."""
-    from test_prime import Small, make_tasks, small_loss
-
+    """The target of a process, which computes its share of each step's four tasks. A hook of the optimizer
+    adds up the gradients."""
     torch.set_num_threads(1)
     environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ.update(environment, WORLD_SIZE=str(count))
     torch.distributed.init_process_group("gloo")
-    model = Small()
-    theta_p, theta_a, theta_h = model.sets()
-    outer = [*theta_p.values(), *theta_a.values()]
-    optimizer, scheduler = prime.adamw_with_linear_decay(outer, 1e-2, 10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    theta_p, theta_a, theta_h = (
+        {name: p for name, p in model.named_parameters() if name.startswith(layer)} for layer in "024")
+    outer_params = [*theta_p.values(), *theta_a.values()]
+    optimizer, scheduler = prime.adamw_with_linear_decay(outer_params, 1e-2, 10)
 
-    def sum_gradients(*given):
-        for p in outer:
+    def sum_gradients(*args):
+        for p in outer_params:
             torch.distributed.all_reduce(p.grad)
 
     optimizer.register_step_pre_hook(sum_gradients)
     share = 4 // count
-    batches = [make_tasks(4, seed)[share * rank : share * (rank + 1)] for seed in range(3)]
+    data = torch.randn(3, 4, 2, 6, 4).double()  # [steps, tasks, support and query, sentences, features]
+    batches = [[(support, query) for support, query in tasks[share * rank : share * (rank + 1)]]
+               for tasks in data]
     for _ in prime.prime(
-        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=small_loss,
-        optimizer=optimizer, scheduler=scheduler,
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches,
+        loss=lambda f, x: f(x).square().mean(), optimizer=optimizer, scheduler=scheduler,
     ):
         for p in theta_h.values():
             torch.distributed.broadcast(p.data, 0)
@@ -331,8 +378,8 @@ def prime_a_share(rank, count, port, path):
     torch.distributed.destroy_process_group()
 
 
-def test_several_processes_give_what_one_gives(tmp_path):
-    models = []
+def test_two_processes_that_share_the_tasks_give_what_one_gives(tmp_path):
+    states = []
     for count in (1, 2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -343,38 +390,8 @@ def test_several_processes_give_what_one_gives(tmp_path):
             share.start()
         for share in shares:
             share.join()
-        models += [torch.load(f"{tmp_path}/of-{count}-{rank}", weights_only=True) for rank in range(count)]
-    alone, *shared = models
-    for one in shared:
-        assert one.keys() == alone.keys()
-        assert all((one[name] - alone[name]).abs().max() <= 1e-12 for name in alone)
-
-
-# ---- fine-tuning ----
-
-
-def test_two_commands_share_a_results_folder_and_the_same_command_skips_what_it_has(tmp_path):
-    results = tmp_path / "results"
-    flags = ["--tgt", "hi", "af", *DEMO, *SMALL_TUNING, "--init", "none", "--results", results]
-    both = [begin([*flags, "--seeds", *seeds], tmp_path / f"stderr-{seeds[0]}", "finetune.py")
-            for seeds in ((0, 1), (2, 3))]
-    for process in both:
-        process.join()
-    lines = read_results(results)
-    runs = {(line["target"], line["seed"]) for line in lines}
-    assert runs == set(itertools.product(("hi", "af"), range(4))) and len(lines) == 8
-    done = command("finetune.py", *flags, "--seeds", 0, 1, 2, 3, 4)
-    again = read_results(results)
-    assert again[:8] == lines and done.stdout.count("done before") == 8
-    assert [(line["target"], line["seed"]) for line in again[8:]] == [("hi", 4), ("af", 4)]
-    assert [row.split()[-1] for row in done.stdout.splitlines()[-2:]] == ["5", "5"]  # the earlier ones too
-
-
-def test_a_result_that_cannot_be_read_is_told_by_its_name(tmp_path):
-    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path]
-    command("finetune.py", *flags)
-    (result,) = tmp_path.iterdir()
-    for bad in ('{"run": "', "nonsense", "\x00" * 20):
-        result.write_text(bad)
-        (line,) = command("finetune.py", *flags, status=2).stderr.splitlines()
-        assert line.startswith(f"finetune.py: {result}: JSONDecodeError: ") and result.read_text() == bad
+        states += [torch.load(f"{tmp_path}/of-{count}-{rank}", weights_only=True) for rank in range(count)]
+    alone, *shared = states
+    for state in shared:
+        assert state.keys() == alone.keys()
+        assert all((state[name] - alone[name]).abs().max() <= 1e-12 for name in alone)

@@ -1,168 +1,250 @@
-"""The model on encoders of many architectures: what it computes for a sentence is the sentence's alone."""
+"""What an encoder computes for a sentence depends on that sentence only, whatever the architecture, and
+prime() refuses wrong arguments before it updates anything."""
 
 import copy
 import math
-import shutil
 
 import pytest
 import torch
-from conftest import LONG, SMALL_PRIMING, command, folder_of, random_encoder
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import adapters
 import prime
+from conftest import SLOW_PRIMING, SMALL_PRIMING, command, random_encoder, save_encoder
+from test_prime import SmallModel, assert_refused, make_tasks, small_loss
 
 EMBEDDING = {"embedding_size": 16}
-FIRST_POSITION = {  # of a sentence in a packed row
+POSITION_OFFSETS = {  # the first position of a sentence in a packed row
     "the demo's": 0, "Bert": 0, "DistilBert": 0, "Electra": 0, "Albert": 0, "ModernBert": 0, "RoFormer": 0,
-    "Roberta": 2, "XLMRoberta": 2, "MPNet": 2,  # after the index of padding, which is 1 here
-    "DebertaV2": None, "Deberta": None, "MobileBert": None,  # a row a sentence
+    "Roberta": 2, "XLMRoberta": 2, "MPNet": 2,  # positions start after the padding index, here 1
+    "DebertaV2": None, "Deberta": None, "MobileBert": None,  # one sentence per row
 }
 
 
-def encoder_of(architecture, demo):
+def make_encoder(architecture, demo):
     encoder, tokenizer, _ = demo
     if architecture == "the demo's":
         return encoder
     more = EMBEDDING if architecture in ("Electra", "Albert", "RoFormer") else {}
-    if architecture == "MobileBert":  # it looks at the words beside, and padding has to be its padding
+    if architecture == "MobileBert":  # it reads neighbouring pieces, so padding must be its padding piece
         more = {"pad_token_id": 0}
     return random_encoder(architecture, len(tokenizer), **more)
 
 
-@pytest.mark.parametrize("architecture", FIRST_POSITION)
-def test_encoding_equals_one_sentence_at_a_time(architecture, demo):
-    sentences = demo[2]
-    encoder = encoder_of(architecture, demo)
+@pytest.mark.parametrize("architecture", POSITION_OFFSETS)
+def test_features_equal_those_of_one_sentence_at_a_time(architecture, demo):
+    sentences, encoder = demo[2], make_encoder(architecture, demo)
     model = adapters.Tagger(encoder, 7).double().eval()
-    model.choose_packing(sentences)
-    assert model.first_position == FIRST_POSITION[architecture]
-    chosen = [*sentences[:60], max(sentences, key=lambda sentence: len(sentence.pieces))]
+    model.detect_packing(sentences)
+    assert model.position_offset == POSITION_OFFSETS[architecture]
+    chosen = [*sentences[:60], max(sentences, key=lambda s: len(s.input_ids))]
     if architecture == "the demo's":
-        chosen += sentences[60:290]  # more than are encoded at once
+        chosen += sentences[60:290]  # more than one chunk of `encode`
     with torch.no_grad():
         for encoded, sentence in zip(model.encode(chosen), chosen, strict=True):
-            hidden = encoder(input_ids=torch.tensor([sentence.pieces])).last_hidden_state[0]
-            torch.testing.assert_close(encoded.features, hidden[sentence.first], rtol=0, atol=1e-11)
+            hidden = encoder(input_ids=torch.tensor([sentence.input_ids])).last_hidden_state[0]
+            torch.testing.assert_close(encoded.features, hidden[sentence.word_starts], rtol=0, atol=1e-11)
             assert encoded._replace(features=None) == sentence
 
 
-def test_a_tagger_that_has_measured_nothing_gives_each_sentence_a_row(demo):
-    model = adapters.Tagger(copy.deepcopy(demo[0]), 7)
-    rows, word_embeddings = [], model.encoder.get_input_embeddings()
-    word_embeddings.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+def test_without_detect_packing_each_row_holds_one_sentence(demo):
+    model, row_counts = adapters.Tagger(copy.deepcopy(demo[0]), 7), []
+    word_embeddings = model.encoder.get_input_embeddings()
+    word_embeddings.register_forward_pre_hook(lambda module, args: row_counts.append(len(args[0])))
     model.double().encode(demo[2][:20])
-    model.choose_packing(demo[2])
+    model.detect_packing(demo[2])
     model.encode(demo[2][:20])
-    assert rows[0] == 20 > rows[-1]
+    assert row_counts[0] == 20 > row_counts[-1]
 
 
-def test_a_bert_that_looks_back_alone_gets_a_row_a_sentence_and_stays_causal(demo):
+def test_a_causal_bert_is_not_packed_and_stays_causal(demo):
     encoder = random_encoder("Bert", len(demo[1]), is_decoder=True)
     model = adapters.Tagger(encoder, 7).double().eval()
-    model.choose_packing(demo[2])
-    assert model.first_position is None
-    last = demo[2][0].pieces[:-1] + [7]
-    both = model.encode([demo[2][0], demo[2][0]._replace(pieces=last), demo[2][1]])
-    until = sum(position < len(last) - 1 for position in demo[2][0].first)
-    assert torch.equal(both[0].features[:until], both[1].features[:until])
+    model.detect_packing(demo[2])
+    assert model.position_offset is None
+    sentence, other = demo[2][:2]
+    changed = sentence._replace(input_ids=sentence.input_ids[:-1] + [7])
+    encoded = model.encode([sentence, changed, other])
+    unchanged = sum(start < len(sentence.input_ids) - 1 for start in sentence.word_starts)
+    assert torch.equal(encoded[0].features[:unchanged], encoded[1].features[:unchanged])
 
 
 @pytest.mark.parametrize("architecture", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
 def test_an_encoder_that_mixes_the_sentences_of_a_batch_is_refused(architecture, demo):
     encoder = random_encoder(architecture, len(demo[1])).float()
-    alone, longer = (torch.tensor(demo[2][k].pieces)[None] for k in (0, 1))
-    if alone.shape[1] > longer.shape[1]:
-        alone, longer = longer, alone
-    width = longer.shape[1]
-    batch = torch.ones(2, width, dtype=torch.int64)
-    batch[0, : alone.shape[1]], batch[1] = alone[0], longer[0]
-    mask = (torch.arange(width) < torch.tensor([[alone.shape[1]], [width]])).long()
+    short, long = sorted((torch.tensor(s.input_ids) for s in demo[2][:2]), key=len)
+    batch = nn.utils.rnn.pad_sequence([short, long], True, 1)
+    mask = (torch.arange(len(long)) < torch.tensor([[len(short)], [len(long)]])).long()
     mask = {} if architecture == "FNet" else {"attention_mask": mask}
     with torch.no_grad():
-        together = encoder(batch, **mask).last_hidden_state[0, : alone.shape[1]]
-        hidden = encoder(alone).last_hidden_state[0]
-        assert (together - hidden).norm() > 1e-6 * hidden.norm()  # in float32 others have under 1e-7
+        together = encoder(batch, **mask).last_hidden_state[0, : len(short)]
+        alone = encoder(short[None]).last_hidden_state[0]
+        assert (together - alone).norm() > 1e-6 * alone.norm()  # in float32 other encoders are below 1e-7
     model = adapters.Tagger(encoder, 7).eval()
-    with pytest.raises(ValueError, match=f"{architecture.lower()} mixes the sentences"):
-        model.choose_packing(demo[2])
+    with pytest.raises(adapters.UserError, match=f"{architecture.lower()} mixes the sentences"):
+        model.detect_packing(demo[2])
 
 
 def test_fnet_ends_the_command_with_one_line(demo, tmp_path):
-    fnet = folder_of(random_encoder("FNet", len(demo[1])), tmp_path / "fnet")
-    done = command("prime.py", *LONG, "--model", fnet, "--output", tmp_path / "out", status=2)
-    (line,) = done.stderr.splitlines()
-    assert "fnet mixes the sentences of a batch" in line and not (tmp_path / "out").exists()
+    fnet = save_encoder(random_encoder("FNet", len(demo[1])), tmp_path / "fnet")
+    flags = [*SLOW_PRIMING, "--model", fnet, "--output", tmp_path / "out"]
+    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
+    assert "fnet mixes the sentences of a batch" in line
 
 
 @pytest.mark.parametrize("length, fits", [(130, True), (131, False), (132, False)])
-def test_positions_of_roberta_begin_after_the_index_of_padding(length, fits, demo, tmp_path):
+def test_positions_of_roberta_start_after_the_padding_index(length, fits, demo, tmp_path):
     encoder = random_encoder("Roberta", len(demo[1]), max_position_embeddings=132)
-    roberta = folder_of(encoder, tmp_path / "roberta")
-    flags = [*LONG, "--model", roberta, "--max-length", length, "--steps", 1, "--output", tmp_path / "out"]
-    done = command("prime.py", *flags, status=0 if fits else 2)
+    roberta = save_encoder(encoder, tmp_path / "roberta")
+    flags = [*SLOW_PRIMING, "--model", roberta, "--max-length", length, "--steps", 1, "--output", tmp_path / "out"]
+    output = command("prime.py", *flags, status=0 if fits else 2)
     if not fits:
-        (line,) = done.stderr.splitlines()
-        assert f"--max-length {length}" in line and "Error: " in line
+        (line,) = output.stderr.splitlines()
+        assert f"--max-length {length}: the encoder has 132 positions" in line
 
 
 def test_packed_rows_hold_little_padding(demo):
     encoder, _, sentences = demo
     model, shapes = adapters.Tagger(encoder, 7).double(), []
-    model.choose_packing(sentences)
-    hook = encoder.register_forward_pre_hook(lambda module, given: shapes.append(given[0].shape))
-    with torch.no_grad():
+    model.detect_packing(sentences)
+    hook = encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    with hook, torch.no_grad():
         model.encode(sentences[:200])
-    hook.remove()
-    pieces = sum(len(sentence.pieces) for sentence in sentences[:200])
+    pieces = sum(len(s.input_ids) for s in sentences[:200])
     assert 0.8 * sum(map(math.prod, shapes)) <= pieces <= sum(map(math.prod, shapes))
 
 
 def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
     encoder, _, sentences = demo
-    gradients = []
+    grads = []
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, bottleneck=8).eval()
-        model.choose_packing(sentences)
+        model.detect_packing(sentences)
         model.bf16 = bf16
-        assert model.first_position == 0
-        kinds = set()
+        assert model.position_offset == 0
+        dtypes = set()
         query = model.encoder.encoder.layer[0].attention.self.query
-        query.register_forward_hook(lambda *given, kinds=kinds: kinds.add(given[2].dtype))
-        prime.tag_loss(model, sentences[:16]).backward()
-        assert kinds == {torch.bfloat16 if bf16 else torch.float32}
+        query.register_forward_hook(lambda module, args, output, dtypes=dtypes: dtypes.add(output.dtype))
+        adapters.tag_loss(model, sentences[:16]).backward()
+        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        gradients.append(torch.cat([p.grad.flatten() for part in model.sets() for p in part.values()]))
-    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+        sets = model.split_parameters()
+        grads.append(torch.cat([p.grad.flatten() for p in {**sets.p, **sets.a, **sets.h}.values()]))
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
     assert 1e-4 < error < 5e-2
 
 
 def test_an_encoder_without_biases_is_refused_for_bitfit():
     encoder = random_encoder("ModernBert", 50, norm_bias=False)
-    with pytest.raises(ValueError, match="modernbert has no part for bitfit"):
+    with pytest.raises(adapters.UserError, match="--pe bitfit: modernbert has no such parameters"):
         adapters.Tagger(encoder, 7, "bitfit")
 
 
-def test_a_parameter_without_a_gradient_does_no_harm(demo, tmp_path):
-    """RoFormer's positions are fixed sinusoids, kept as a parameter."""
+def test_priming_works_with_a_parameter_that_gets_no_gradient(demo, tmp_path):
+    """RoFormer keeps its fixed sinusoidal positions as a parameter."""
     encoder = random_encoder("RoFormer", len(demo[1]), **EMBEDDING)
-    folder = folder_of(encoder, tmp_path / "roformer")
-    flags = [*SMALL_PRIMING, "--model", folder, "--data", "demo/wikiann", "--output", tmp_path / "out"]
+    roformer = save_encoder(encoder, tmp_path / "roformer")
+    flags = [*SMALL_PRIMING, "--model", roformer, "--data", "demo/wikiann", "--output", tmp_path / "out"]
     command("prime.py", *flags)
     assert (tmp_path / "out/priming.json").exists()
-    shutil.rmtree(tmp_path / "out")
 
 
-def test_a_hoist_that_detaches_theta_p_from_the_query_sets_is_told(demo):
-    model = adapters.Tagger(copy.deepcopy(demo[0]), 7, bottleneck=8).double().eval()
-    theta_p, theta_a, theta_h = model.sets()
-    before = copy.deepcopy(model.state_dict())
-    optimizer, scheduler = prime.adamw_with_linear_decay([*theta_p.values(), *theta_a.values()], 1e-2, 10)
-    batches = [[(demo[2][:5], demo[2][5:10])]]
-    steps = prime.prime(
-        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=prime.tag_loss,
-        optimizer=optimizer, scheduler=scheduler, encode=torch.no_grad()(model.encode_sets),
-    )
-    with pytest.raises(ValueError, match="do not depend on theta_p: does encode detach"):
-        next(steps)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+# ---- wrong arguments of prime() ----
+
+
+def optimized(args):
+    return args["optimizer"].param_groups[0]["params"]
+
+
+def tie_the_head_to_the_adapter(args):
+    args["model"].h.weight = args["theta_h"]["h.weight"] = args["model"].g.weight
+
+
+def loss_without_adapter(model, batch):
+    return nn.functional.cross_entropy(model.h(model.features(batch[0])), batch[1])
+
+
+def loss_without_head(model, batch):
+    return nn.functional.cross_entropy(model.g(model.features(batch[0])), batch[1])
+
+
+def detach_features(args):
+    args["encode"] = torch.no_grad()(args["model"].encode_sets)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize(
+    "message, break_it",
+    [
+        ("^f.weight .*is not the model's", lambda args: args.update(model=copy.deepcopy(args["model"]))),
+        ("theta_a .*must be .*dict", lambda args: args.update(theta_a=[*args["theta_a"]])),
+        ("^f.weight .*disjoint", lambda args: args["theta_a"].update(args["theta_p"])),
+        ("^f.weight .*disjoint", lambda args: args["theta_h"].update(args["theta_p"])),
+        ("^g.weight .*disjoint", lambda args: args["theta_h"].update(args["theta_a"])),
+        ("^h.weight .*disjoint", tie_the_head_to_the_adapter),
+        ("^f.weight .*frozen", lambda args: args["model"].f.weight.requires_grad_(False)),
+        ("^h.bias .*frozen", lambda args: args["model"].h.bias.requires_grad_(False)),
+        ("^theta_p is empty", lambda args: args["theta_p"].clear()),
+        ("theta_a and theta_h are", lambda args: (args["theta_a"].clear(), args["theta_h"].clear())),
+        ("^f.bias .*optimizer .*not 0", lambda args: optimized(args).pop(1)),
+        ("^g.weight .*optimizer .*not 0", lambda args: optimized(args).pop(2)),
+        ("^f.weight .*optimizer .*not 2", lambda args: optimized(args).append(args["model"].f.weight)),
+        ("^h.weight .*optimizer .*not 1", lambda args: optimized(args).append(args["model"].h.weight)),
+        ("^f.bias is not the model's",  # each of two sets has a "bias": the model's names tell them apart
+         lambda args: args["theta_a"].update({"f.bias": args["theta_a"].pop("g.bias")})),
+        ("optimizer holds .*constant", lambda args: optimized(args).append(args["model"].constant)),
+        ("optimizer holds a parameter", lambda args: optimized(args).append(nn.Parameter(torch.ones(1)))),
+        ("list of .* pairs", lambda args: args["batches"][0].clear()),
+        ("list of .* pairs", lambda args: args["batches"][0].append((1, 2, 3))),
+        ("list of .* pairs", lambda args: args["batches"][0].append({"input_ids": 1, "labels": 2})),
+        ("list of .* pairs", lambda args: args["batches"][0].append(torch.ones(2, 2))),
+        ("must not be a generator", lambda args: args["batches"][0].append((iter([1]), 2))),
+        ("loss must return a scalar .*not 1.0", lambda args: args.update(loss=lambda *_: 1.0)),
+        ("loss must return a scalar .*not None", lambda args: args.update(loss=lambda *_: None)),
+        ("loss must return a scalar", lambda args: args.update(loss=lambda model, batch: model(batch[0]))),
+        ("depends on the parameters", lambda args: args.update(loss=lambda *_: torch.tensor(1.0))),
+        ("depends on the parameters", lambda args: args.update(loss=torch.no_grad()(small_loss))),
+        ("support set does not depend on theta_a", lambda args: args.update(loss=loss_without_adapter)),
+        ("support set does not depend on theta_h", lambda args: args.update(loss=loss_without_head)),
+        ("query losses does not depend on theta_p", detach_features),
+        ("inner_steps must be", lambda args: args.update(inner_steps=-1)),
+        ("inner_steps must be", lambda args: args.update(inner_steps=2.0)),
+        ("inner_lr must be", lambda args: args.update(inner_lr=-0.1)),
+        ("inner_lr must be", lambda args: args.update(inner_lr=float("nan"))),
+        ("encode returned 1 and 1 sets", lambda args: args.update(encode=lambda sets: sets[1:])),
+        ("encode returned 4 and 4 sets", lambda args: args.update(encode=lambda sets: 2 * sets)),
+        ("ReduceLROnPlateau", lambda args: args.update(scheduler=ReduceLROnPlateau(args["optimizer"]))),
+    ],
+)
+@pytest.mark.parametrize("inner_steps", [1, 5])
+def test_wrong_arguments_are_refused_before_any_update(inner_steps, message, break_it):
+    model = SmallModel()
+    theta_p, theta_a, theta_h = model.split_parameters()
+    args = {
+        "model": model, "theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h, "loss": small_loss,
+        "optimizer": torch.optim.AdamW([*theta_p.values(), *theta_a.values()]),
+        "batches": [make_tasks(2)], "inner_steps": inner_steps,
+    }
+    break_it(args)
+    assert_refused(prime.prime(**args), model, message)
+
+
+def test_no_grad_and_a_distributed_model_and_no_steps_are_refused(tmp_path):
+    model = SmallModel()
+    theta_p, theta_a, theta_h = model.split_parameters()
+    optimizer = torch.optim.AdamW([*theta_p.values(), *theta_a.values()])
+    args = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h, "batches": [make_tasks(1)],
+            "loss": small_loss, "optimizer": optimizer}
+    with torch.no_grad():
+        assert_refused(prime.prime(model, **args), model, "torch.no_grad")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert_refused(prime.prime(wrapped, **args), model, "pass model.module")
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        prime.adamw_with_linear_decay(theta_p.values(), 1e-3, 0)

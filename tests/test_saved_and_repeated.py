@@ -1,73 +1,89 @@
-"""What was saved is found again on its own base alone, and a command that was run before is not run again."""
+"""A saved model loads on its own encoder only. A folder belongs to one run, and a finished run is not repeated."""
 
+import itertools
+import json
 import shutil
+import signal
 
 import pytest
 from conftest import (
-    DEMO, HERE, HINDI, SMALL_PRIMING, SMALL_TUNING, START, TUNING, command, contents, read_results, tensors,
+    DEMO, FROM_PRETRAINED, HINDI, SMALL_PRIMING, SMALL_TUNING, TUNING, command, edit_json, moved,
+    read_results, run_process, snapshot, start_process, tensors,
 )
 from safetensors.torch import save_file
+from test_long_runs import killed_before_replacement, primed_bytes
+
+
+def change_one_weight(encoder, by=1e-3):
+    weights = tensors(encoder)
+    weights["embeddings.word_embeddings.weight"][7, 7] += by
+    save_file(weights, encoder / "model.safetensors", {"format": "pt"})
+
+
+# ---- --save and --load ----
 
 
 @pytest.mark.parametrize("row", [1, 2, 4])
-def test_a_saved_pair_scores_the_same_without_training_data(row, table, tmp_path):
+def test_a_saved_model_scores_the_same_without_training_data(row, table, tmp_path):
     folder, _ = table[row]
-    ignored = shutil.ignore_patterns("train.txt")
-    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=ignored)
+    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=shutil.ignore_patterns("train.txt"))
     flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / "again"]
     command("finetune.py", "--tgt", "hi", "--data", tmp_path / "data", *flags)
-    (again,), (_, line) = read_results(tmp_path / "again"), read_results(folder / "results")
-    same = ("f1", "precision", "recall", "updated", "share", "tune", "pe", "weights", "priming", "seed")
-    assert {name: again[name] for name in same} == {name: line[name] for name in same}
+    (again,), (_, trained) = read_results(tmp_path / "again"), read_results(folder / "results")
+    same = ("f1", "precision", "recall", "updated", "share", "tune", "pe", "bottleneck", "types", "seed")
+    assert {name: again[name] for name in same} == {name: trained[name] for name in same}
+
+
+def test_a_score_of_a_loaded_model_records_the_same_priming_as_its_training(table, tmp_path):
+    for row in (1, 4):
+        folder, _ = table[row]
+        flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / str(row)]
+        command("finetune.py", *HINDI, *flags)
+        (again,), (_, trained) = read_results(tmp_path / str(row)), read_results(folder / "results")
+        assert again["priming"] == trained["priming"]
 
 
 @pytest.fixture
 def moved_together(table, tmp_path):
-    """Copies of a primed folder and of what was tuned on it, side by side as they were, at another place."""
+    """A copy of a primed folder and of the models tuned on it, in the same arrangement, while the originals
+    are elsewhere; and flags."""
     shutil.copytree(table[4][0], tmp_path / "new")
-    (tmp_path / "old").mkdir()
-    with pytest.MonkeyPatch.context() as patch:  # where they were there is nothing now
-        patch.chdir(HERE)
-        original = table[4][0].rename(table[4][0].with_name("away"))
-        yield tmp_path / "new", ["--tgt", "hi", "--data", "demo/wikiann", "--limit-test", 30,
-                                 "--results", tmp_path / "again"]
-        original.rename(table[4][0])
+    original = table[4][0].rename(table[4][0].with_name("away"))
+    yield tmp_path / "new", [*HINDI, "--limit-test", 30, "--results", tmp_path / "again"]
+    original.rename(table[4][0])
 
 
-def test_a_saved_pair_is_found_again_after_it_has_moved_with_its_base(moved_together, table, tmp_path):
+def test_a_saved_model_finds_its_encoder_after_both_were_moved(moved_together, table, tmp_path):
     folder, flags = moved_together
     command("finetune.py", *flags, "--load", folder / "tuned/hi-0")
     f1 = read_results(folder / "results")[0]["f1"]
     (folder / "tuned").rename(tmp_path / "tuned")
-    told = command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", status=2).stderr
-    assert len(told.splitlines()) == 1 and str(table[4][0] / "primed") in told
+    (line,) = command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", status=2).stderr.splitlines()
+    assert "primed" in line
     command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", "--init", folder / "primed")
-    lines = read_results(tmp_path / "again")
-    assert [line["f1"] for line in lines] == len(lines) * [f1]
+    assert {record["f1"] for record in read_results(tmp_path / "again")} == {f1}
 
 
-def test_a_base_that_has_changed_is_refused(table, moved_together, tmp_path):
+def test_a_saved_model_is_refused_on_another_encoder(table, moved_together, tmp_path):
     folder, flags = moved_together
-    weights = tensors(folder / "primed")
-    weights["embeddings.word_embeddings.weight"][7, 7] += 1e-3
-    save_file(weights, folder / "primed/model.safetensors", {"format": "pt"})
-    done = command("finetune.py", *flags, "--load", folder / "tuned/hi-0", status=2)
-    (line,) = done.stderr.splitlines()
-    assert f"is not what {folder}/tuned/hi-0 was tuned on: give --init" in line
-    other = ["--load", folder / "tuned/hi-0", "--init", table[7][0] / "primed"]
-    (line,) = command("finetune.py", *flags, *other, status=2).stderr.splitlines()
-    assert "was tuned on" in line and not (tmp_path / "again").exists()
+    load = ["--load", folder / "tuned/hi-0"]
+    other = ["--init", table[7][0] / "primed"]
+    (line,) = command("finetune.py", *flags, *load, *other, status=2).stderr.splitlines()
+    assert f"{other[1]} is not the encoder that {load[1]} was tuned on" in line and "--init" in line
+    change_one_weight(folder / "primed")
+    (line,) = command("finetune.py", *flags, *load, status=2).stderr.splitlines()
+    assert f"is not the encoder that {load[1]} was tuned on" in line and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
     "flags", [["--model", "demo"], ["--pe", "bitfit"], ["--bottleneck", 9]], ids=lambda flags: flags[0]
 )
-def test_a_flag_that_the_folder_decides_is_refused(flags, table, primed, tmp_path):
+def test_flags_that_contradict_a_folder_are_refused(flags, table, primed, tmp_path):
     for folder in (["--init", primed], ["--load", table[4][0] / "tuned/hi-0"]):
         done = command("finetune.py", *HINDI, *folder, *flags, "--results", tmp_path / "r", status=2)
         (line,) = done.stderr.splitlines()
         value = {"--model": "demo/encoder", "--pe": "adapter", "--bottleneck": "8"}[flags[0]]
-        assert line.endswith(f"{flags[0]} {flags[1]}: {folder[1]} has {value}")
+        assert f"{flags[0]} {flags[1]}: {folder[1]}" in line and line.endswith(value)
         assert not list(tmp_path.iterdir())
 
 
@@ -75,32 +91,85 @@ def test_a_flag_that_the_folder_decides_is_refused(flags, table, primed, tmp_pat
     "flags", [["--types", "PER"], ["--tune", "full"], ["--max-length", 20], ["--seeds", 5], ["--bf16"]],
     ids=lambda flags: flags[0],
 )
-def test_a_saved_pair_keeps_its_own_settings(flags, table, tmp_path):
+def test_a_saved_model_keeps_its_settings(flags, table, tmp_path):
     load = ["--load", table[4][0] / "tuned/hi-0", "--results", tmp_path / "r"]
     (line,) = command("finetune.py", *HINDI, *load, *flags, status=2).stderr.splitlines()
-    assert flags[0].replace("-", "_").strip("_") in line.replace("-", "_") and not list(tmp_path.iterdir())
+    assert f"finetune.py: {flags[0]} " in line and not list(tmp_path.iterdir())
 
 
-def test_the_same_commands_twice_do_nothing_more(table, primed):
-    folder = table[4][0]
-    before = contents(folder)
+# ---- one folder, one run ----
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--inner-lr", 0.3], "--inner-lr 0.03 (now 0.3)"), (["--steps", 13], "--steps 12 (now 13)"),
+        (["--seed", 1], "--seed 0 (now 1)"), (["--src", "es", "en"], "--src ['en', 'es'] (now ['es', 'en'])"),
+        (["--bf16"], "--bf16 False (now True)"), (["--second-order"], "--second-order False (now True)"),
+        (["--types", "PER", "ORG", "LOC", "MISC"], "--types ['PER', 'ORG', 'LOC'] (now ["),
+        ("sentences", "other sentences"), ("weights", "other weights"), ("configuration", "other configuration"),
+    ],
+    ids=str,
+)
+def test_another_run_on_a_primed_folder_is_told_which_setting_differs(flags, message, unfinished, tmp_path):
+    root, first_flags = unfinished
+    copy = shutil.copytree(root, tmp_path / "copy")
+    if flags == "sentences":
+        edited = copy / "wikiann/en/train.txt"
+        edited.write_text(edited.read_text().replace("B-LOC", "B-ORG", 1))
+    elif flags == "weights":
+        change_one_weight(copy / "encoder", by=1e-6)
+    elif flags == "configuration":
+        edit_json(copy / "encoder/config.json", hidden_act="relu")
+    paths = ["--model", copy / "encoder", "--data", copy / "wikiann", "--output", copy / "primed"]
+    before = snapshot(copy / "primed")
+    more = [] if isinstance(flags, str) else flags
+    done = command("prime.py", *first_flags, *paths, *more, status=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"prime.py: {copy}/primed holds a run with {message}") and "choose another" in line
+    assert snapshot(copy / "primed") == before and done.stdout == ""
+
+
+def test_paths_and_the_number_of_checkpoints_may_change_when_a_run_resumes(unfinished, tmp_path):
+    root, flags = unfinished
+    copy = shutil.copytree(root, tmp_path / "copy")
+    paths = ["--model", copy / "encoder", "--data", copy / "wikiann", "--output", copy / "primed"]
+    command("prime.py", *flags, "--output", tmp_path / "uninterrupted")
+    command("prime.py", *flags, *paths, "--save-every", 5)
+    assert primed_bytes(copy / "primed") == primed_bytes(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_not_touched(damage, unfinished, tmp_path):
+    root, flags = unfinished
+    output = shutil.copytree(root / "primed", tmp_path / "primed")
+    path = output / "checkpoint.pt"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"x" + data[1:])
+    before = snapshot(output)
+    (line,) = command("prime.py", *flags, "--output", output, status=2).stderr.splitlines()
+    assert line.startswith(f"prime.py: {path}: expected a checkpoint of this run; delete it")
+    assert snapshot(output) == before
+    path.unlink()
+    command("prime.py", *flags, "--output", output)
+
+
+def test_the_same_commands_again_change_nothing_and_print_the_scores_again(table, primed):
+    folder, stdout = table[4]
+    before = snapshot(folder)
     flags = [*DEMO, *SMALL_PRIMING, "--output", primed]
-    assert command("prime.py", *flags).stdout.splitlines()[-1] == f"{primed} is complete"
+    assert f"{primed} is complete" in command("prime.py", *flags).stdout.splitlines()[-1]
     outputs = ["--results", folder / "results", "--save", folder / "tuned", "--seeds", 0, 1]
-    done = command("finetune.py", *HINDI, *SMALL_TUNING, "--init", primed, *outputs)
-    first, second, *told = done.stdout.splitlines()
-    assert [first, second] == ["hi seed 0: done before", "hi seed 1: done before"]
-    assert told == table[4][1].splitlines()[-2:]  # the table of means
-    assert contents(folder) == before
-    assert "name another" in command("prime.py", *flags, "--seed", 3, status=2).stderr
-    assert contents(folder) == before
+    again = command("finetune.py", *HINDI, *SMALL_TUNING, "--init", primed, *outputs).stdout
+    assert again.replace(" (done before)", "").split() == stdout.split()
+    assert again.count("done before") == 2
+    assert "--seed 0 (now 3)" in command("prime.py", *flags, "--seed", 3, status=2).stderr
+    assert snapshot(folder) == before
 
 
-def test_a_run_on_other_data_weights_or_settings_is_another_run(tmp_path):
+def test_fine_tuning_on_other_data_weights_or_settings_is_another_run(tmp_path):
     shutil.copytree("demo/encoder", tmp_path / "encoder")
-    for split in ("train", "test", "validation"):
-        (tmp_path / "data/hi").mkdir(parents=True, exist_ok=True)
-        shutil.copy(f"demo/wikiann/hi/{split}.txt", tmp_path / "data/hi")
+    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
     results = tmp_path / "r"
     flags = ["--tgt", "hi", "--init", "none", "--model", tmp_path / "encoder", "--data", tmp_path / "data"]
     flags += [*SMALL_TUNING, "--results", results]
@@ -108,43 +177,99 @@ def test_a_run_on_other_data_weights_or_settings_is_another_run(tmp_path):
     def runs_again(*more):
         count = len(read_results(results))
         done = command("finetune.py", *flags, *more)
-        again = len(read_results(results)) - count
-        assert again in (0, 1) and again == 1 - ("done before" in done.stdout)
-        return bool(again)
+        new = len(read_results(results)) - count
+        assert new in (0, 1) and new == 1 - ("done before" in done.stdout)
+        return bool(new)
 
     assert runs_again() and not runs_again()
-    assert not runs_again("--seeds", 0, 0)  # a seed given twice is one
+    assert not runs_again("--seeds", 0, 0)  # a repeated seed counts once
     assert runs_again("--lr", 1e-2) and runs_again("--seeds", 1)
     for split in ("train", "test"):
         path = tmp_path / f"data/hi/{split}.txt"
         path.write_text(path.read_text().replace("B-LOC", "B-ORG", 1))
         assert runs_again() and not runs_again()
     path = tmp_path / "data/hi/train.txt"
-    path.write_text(f"{path.read_text()}\n\nmore\tO\n")  # beyond --limit-train: no part of the run
+    path.write_text(f"{path.read_text()}\n\nmore\tO\n")  # after the sentences of --limit-train
     assert not runs_again()
-    weights = tensors(tmp_path / "encoder")
-    weights["embeddings.word_embeddings.weight"][7, 7] += 1e-3
-    save_file(weights, tmp_path / "encoder/model.safetensors", {"format": "pt"})
+    change_one_weight(tmp_path / "encoder")
+    assert runs_again() and not runs_again()
+    edit_json(tmp_path / "encoder/config.json", hidden_act="relu")
     assert runs_again() and not runs_again()
 
 
-def test_a_folder_and_results_that_disagree_are_refused(tmp_path):
-    results, save = tmp_path / "r", ["--save", tmp_path / "tuned"]
-    flags = [*HINDI, *SMALL_TUNING, *START, "--results", results]
+def test_save_works_after_a_run_without_it(tmp_path):
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--results", tmp_path / "r"]
     command("finetune.py", *flags)
-    (line,) = command("finetune.py", *flags, *save, status=2).stderr.splitlines()  # a line without a folder
-    assert f"{tmp_path}/tuned/hi-0, {results}/hi-0-" in line and line.endswith("one is there: remove it")
-    assert not (tmp_path / "tuned").exists() and len(read_results(results)) == 1
-    command("finetune.py", *flags, "--lr", 1e-2, *save)
-    before = contents(tmp_path)
-    (line,) = command("finetune.py", *flags, "--lr", 2e-2, *save, status=2).stderr.splitlines()
-    assert "one is there: remove it" in line and contents(tmp_path) == before  # a folder of another run
+    (without,) = read_results(tmp_path / "r")
+    command("finetune.py", *flags, "--save", tmp_path / "tuned")
+    (record,) = read_results(tmp_path / "r")
+    assert record == without | {"save": str(tmp_path / "tuned")}
+    assert tensors(tmp_path / "tuned/hi-0", "tuned.safetensors")
+    assert "done before" in command("finetune.py", *flags, "--save", tmp_path / "tuned").stdout
 
 
-def test_results_of_loading_are_not_taken_for_training(table, tmp_path):
-    """Nor the other way round: a line of scoring does not stand for a run of the same seed."""
-    base = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path / "r"]
-    command("finetune.py", *HINDI, "--load", table[3][0] / "tuned/hi-0", "--limit-test", 30,
-            "--results", tmp_path / "r")
-    assert "done before" not in command("finetune.py", *base).stdout
+def test_a_score_of_a_loaded_model_does_not_count_as_training(table, tmp_path):
+    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path / "r"]
+    load = ["--load", table[3][0] / "tuned/hi-0", "--limit-test", 30, "--results", tmp_path / "r"]
+    command("finetune.py", *HINDI, *load)
+    assert "done before" not in command("finetune.py", *flags).stdout
     assert len(read_results(tmp_path / "r")) == 2
+    assert "done before" in command("finetune.py", *HINDI, *load).stdout
+
+
+# ---- fine-tuning in several processes, killed ----
+
+
+def test_two_commands_share_a_results_folder_and_repeating_them_skips_what_is_done(tmp_path):
+    results = tmp_path / "results"
+    flags = ["--tgt", "hi", "af", *DEMO, *SMALL_TUNING, "--init", "none", "--results", results]
+    both = [start_process("finetune.py", [*flags, "--seeds", *seeds], tmp_path / f"stderr-{seeds[0]}")
+            for seeds in ((0, 1), (2, 3))]
+    for process in both:
+        process.join()
+    records = read_results(results)
+    runs = {(record["target"], record["seed"]) for record in records}
+    assert runs == set(itertools.product(("hi", "af"), range(4))) and len(records) == 8
+    done = command("finetune.py", *flags, "--seeds", 0, 1, 2, 3, 4)
+    again = read_results(results)
+    assert again[:8] == records and done.stdout.count("done before") == 8
+    assert [(record["target"], record["seed"]) for record in again[8:]] == [("hi", 4), ("af", 4)]
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-2:]] == ["5", "5"]  # seeds in the table
+
+
+def killed_before_the_tuned_folder_gets_its_name():
+    killed_before_replacement(1)
+
+
+def killed_before_the_result_gets_its_name():
+    killed_before_replacement(2)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [killed_before_the_tuned_folder_gets_its_name,
+     killed_before_the_result_gets_its_name],
+)
+def test_the_same_command_completes_fine_tuning_killed_at_the_worst_moment(fault, table, tmp_path):
+    save, results = tmp_path / "tuned", tmp_path / "results"
+    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", results, "--save", save]
+    run_process("finetune.py", flags, tmp_path / "stderr", -signal.SIGKILL, fault=fault)
+    assert not read_results(results)
+    run_process("finetune.py", flags, tmp_path / "stderr")
+    (record,) = read_results(results)
+    assert record["f1"] == read_results(table[3][0] / "results")[0]["f1"]
+    tuned = tensors(save / "hi-0", "tuned.safetensors")
+    assert not moved(tuned, tensors(table[3][0] / "tuned/hi-0", "tuned.safetensors"))
+
+
+def test_two_equal_commands_at_once_both_succeed_with_one_result(table, tmp_path):
+    save, results = tmp_path / "tuned", tmp_path / "results"
+    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", results, "--save", save]
+    both = [start_process("finetune.py", flags, tmp_path / f"stderr-{i}") for i in range(2)]
+    for process in both:
+        process.join()
+    messages = [(tmp_path / f"stderr-{i}").read_text() for i in range(2)]
+    assert [process.exitcode for process in both] == [0, 0], messages
+    (record,) = read_results(results)
+    assert record["f1"] == read_results(table[3][0] / "results")[0]["f1"]
+    assert json.loads((save / "hi-0/tuned.json").read_text())["f1"] == record["f1"]
