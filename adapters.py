@@ -295,10 +295,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with error_context(f"writing {path}"):
         yield new
-    if path.is_dir():  # an equal run was faster
-        return shutil.rmtree(new)
     with suppress(FileNotFoundError):  # an equal run has finished and removed it
-        new.replace(path)
+        try:
+            new.replace(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(new)  # an equal run was faster
 
 
 def claim(folder: Path, settings: dict, done_file: str) -> bool:
