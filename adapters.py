@@ -204,7 +204,8 @@ def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Se
         tokenized.append(Sentence(words, tags, encoded["input_ids"][i], starts))
     if truncated := [s.word_starts.count(-1) for s in tokenized if -1 in s.word_starts]:
         found = f"{sum(truncated)} of {sum(map(len, texts))} words, in {len(truncated)} sentences"
-        print(f"tagged O, with no piece within --max-length {max_length}: {found}", file=sys.stderr)
+        message = f"have no word piece within --max-length {max_length}: no loss, and scored as O"
+        print(f"{found} {message}", file=sys.stderr)
     return tokenized
 
 
@@ -295,13 +296,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with error_context(f"writing {path}"):
         yield new
-    with suppress(FileNotFoundError):  # an equal run has finished and removed it
+    with suppress(FileNotFoundError):  # a finished run with the same settings removed it
         try:
             new.replace(path)
         except OSError:
             if not path.is_dir():
                 raise
-            shutil.rmtree(new)  # an equal run was faster
+            shutil.rmtree(new)  # another process with the same settings has written it
 
 
 def claim(folder: Path, settings: dict, done_file: str) -> bool:
@@ -388,7 +389,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     add("--bottleneck", type=positive(int), default=64, help="width of the adapter")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
-    add("--device", default=device, help="torch device")
+    add("--device", default=device, help="torch device; by default cuda if torch finds it")
     add("--bf16", action="store_true", help="run the encoder in bfloat16, by autocast")
     return parser
 

@@ -40,10 +40,10 @@ def parse_arguments() -> Namespace:
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
-        help="parameters to tune: θa and θh (adapter), θh (head, row 2) or all (full, row 1)")
+        help="parameters to tune: θa and θh, θh, or all; with --init none rows 3, 2, 1 of Table 1")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the training sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="more epochs, if fewer steps")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs for at least N steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")

@@ -1,7 +1,7 @@
 """Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
 
 `python prime.py --src en es` runs the paper's experiment and writes θp* and θa* to `primed/`. To
-prime your own model, copy this file down to the dividing line and iterate over `prime`. That part
+prime your own model, copy the part above the dividing line and iterate over `prime`. That part
 needs torch alone: 2.4 or newer, tested with 2.13.0."""
 
 import argparse
@@ -24,7 +24,7 @@ Batch = Any  # whatever the loss accepts
 Task = tuple[Batch, Batch]  # a support set and a query set
 Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
-NO_CHECKPOINTING = "activation checkpointing would recompute at θ with second_order or encode"
+NO_CHECKPOINTING = "turn off activation checkpointing in the loss, or second_order and encode"
 
 
 def prime(
@@ -35,24 +35,26 @@ def prime(
     encode: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
 ) -> Iterator[list[float]]:
     """Algorithm 1 as a generator. Each iteration runs one meta step (lines 2 to 9), which updates the
-    parameters in place, and yields one query loss per task. Nothing happens until you iterate.
+    parameters in place, and yields one query loss per task. Nothing happens until you iterate;
+    afterwards θp* and θa* are in the model.
 
-    model: f, g and h in one module. Call `model.eval()` first: the inner loop expects no dropout.
+    model: encoder f, adapter g and head h in one module. Call `model.eval()` first, against dropout.
     theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require
         gradients (§3.1). A parameter in none of them is a constant.
     batches: one list of (support, query) pairs per meta step; both sets are whatever `loss` accepts.
         Training ends when `batches` is exhausted or the caller breaks out of the loop.
-    loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of the model are
-        θi. Take them from there: tensors that the loss keeps from elsewhere are still at θ.
+    loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi.
+        Read them through `model`: references kept from before the call still hold θ.
     optimizer, scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
-    second_order: differentiate through the inner steps, which fused attention cannot. Otherwise the
-        inner gradients are constants, so dθi/dθ = 1: the first-order approximation of §4.2.
-    encode: for θa and θh that come after all of θp, such as an adapter on top. It receives the
-        support or the query sets of all tasks and returns as many, in the same order, with f(x; θp)
-        instead of x. The inner steps then skip f, with the same result. Not used with `maml`.
+    second_order: the exact meta-gradient, through the inner steps; fused attention does not support
+        it. Otherwise inner gradients are constants, so dθi/dθ = 1: §4.2's first-order approximation.
+    encode: for θa and θh that come after all of θp, such as an adapter on top. It is called once for
+        all support sets (without gradients, unless second_order) and once for all query sets (with
+        gradients, for θp), and returns as many sets, in the same order, with f(x; θp) instead of x.
+        The inner steps then skip f, with the same result. Ignored with `maml`.
 
-    Raises ValueError, before anything is updated, for mistakes that would otherwise go unnoticed.
+    Raises ValueError, before a meta step updates anything, for mistakes that would go unnoticed.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
@@ -64,15 +66,16 @@ def prime(
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks, encode, second_order)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
         for support, query in zip(supports, queries):  # 3: for all Ti in T do
+            # clone() keeps the graph, through which line 9's gradient at θi reaches θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 grads = f.with_parameters(theta_i, f.gradients, theta_i, support, second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
-            if encode:  # the tasks share f(x; θp), so that line 9 takes their gradients together
+            if encode:  # it made one graph for all query sets: one backward pass after the last task
                 query_losses.append(f.with_parameters(theta_i, f.scalar_loss, query))
             else:  # this task's term of the sum in line 9
                 query_losses.append(f.with_parameters(theta_i, f.backward, query, outer_params))
@@ -80,6 +83,7 @@ def prime(
         # 8: end for
         if encode:
             sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
+        # not in the paper: stop if no gradient reaches θp or θa
         outer_grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
         check_grads(outer_grads, sets, "sum of the query losses")
         optimizer.step()  # 9: θa and θp
@@ -87,15 +91,15 @@ def prime(
             scheduler.step()
         for name, p in theta_h.items():
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
-        torch.clear_autocast_cache()  # or a caller's autocast would reuse casts of the old θp
+        torch.clear_autocast_cache()  # it keeps low-precision copies, here of the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
-    return theta_p, theta_a  # 11: they were updated in place
+    return theta_p, theta_a  # 11: updated in place
 
 
 class FunctionalModel(nn.Module):
     """The paper's f_θ: runs functions of the model with `theta` instead of its own parameters. Gradients
-    are taken in there too, because a backward pass may read parameters again (activation checkpointing).
+    are taken inside that call too, because a backward pass may read parameters again (checkpointing).
     Tied parameters are replaced under all of their names."""
 
     def __init__(self, model, loss, sets, checkpointing):
@@ -105,7 +109,7 @@ class FunctionalModel(nn.Module):
         model_params = model.named_parameters(remove_duplicate=False)
         self.aliases = {f"model.{n}": names[p] for n, p in model_params if p in names}
 
-    def forward(self, function, *args):
+    def forward(self, function, *args):  # parameters are replaced while forward runs
         return function(*args)
 
     def with_parameters(self, theta, function, *args):
@@ -142,11 +146,11 @@ def support_and_query_sets(tasks, encode, second_order):
     require(pairs, "a batch of tasks must be a non-empty list of (support, query) pairs")
     supports, queries = zip(*tasks)
     reusable = not any(isinstance(batch, Iterator) for batch in (*supports, *queries))
-    require(reusable, "a support set must not be a generator: each inner step reads it")
+    require(reusable, "support and query sets must not be generators: they are read more than once")
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        torch.clear_autocast_cache()  # casts that were made without gradients would cut off θp
+        torch.clear_autocast_cache()  # no gradient passes the copies made without gradients
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
@@ -161,7 +165,7 @@ def require(condition: Any, message: str) -> None:
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for mistakes that would otherwise go unnoticed, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and sum the gradients in an optimizer hook")
+    require(not distributed, "pass model.module, and sum gradients in an optimizer hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer of at least 0, not {inner_steps}")
@@ -171,7 +175,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     named = all(isinstance(part, Mapping) for part in sets.values())
     require(named, "theta_p, theta_a and theta_h must be dicts from names to parameters")
     trainable = not inner_steps or sets["theta_p"] and (sets["theta_a"] or sets["theta_h"])
-    require(trainable, "theta_p is empty (a PE library froze it?), or theta_a and theta_h are")
+    require(trainable, "theta_p is empty (did a PE library freeze it?), or theta_a and theta_h are")
     model_params = dict(model.named_parameters(remove_duplicate=False))
     optimized, seen = Counter(p for g in optimizer.param_groups for p in g["params"]), set()
     for set_name, part in sets.items():
@@ -258,7 +262,7 @@ def main() -> None:
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
     options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    elsewhere = ("model", "data", "device", "output", "save_every")  # no part of the result
+    elsewhere = ("model", "data", "device", "output", "save_every")  # may change
     settings = {n: v for n, v in vars(args).items() if n not in elsewhere}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(
@@ -272,7 +276,7 @@ def main() -> None:
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # row 5, §5.2: no inner steps, and AdamW updates θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
-        support, query = 0, support + query  # of the same sentences
+        support, query = 0, support + query  # the sentences that the other methods draw
         model.train()  # dropout, as in any plain fine-tuning
     elif args.second_order and (args.method == "maml" or args.pe != "adapter"):
         encoder.set_attn_implementation("eager")  # fused attention has no second derivative
@@ -285,7 +289,7 @@ def main() -> None:
         model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches,
         loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr,
         inner_steps=inner_steps, maml=args.method == "maml", second_order=args.second_order,
-        encode=model.encode_sets if args.pe == "adapter" else None)  # biases are inside f
+        encode=model.encode_sets if args.pe == "adapter" else None)  # bitfit's θa is inside f
     for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=None):
         losses.append(sum(query_losses))
         norm = nn.utils.get_total_norm([p.grad for p in outer_params if p.grad is not None])
@@ -318,7 +322,7 @@ def save_primed(folder, model, tokenizer, record, losses):
     from adapters import error_context, file_checksums, write_record
 
     if (folder / "priming.json").exists():
-        return  # an equal run was faster
+        return  # another process with the same settings has written it
     with error_context(f"writing {folder}"):
         model.encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

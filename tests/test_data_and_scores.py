@@ -279,7 +279,8 @@ def test_truncated_words_count_as_o_and_are_reported(demo, capsys):
     assert [s.word_starts.count(-1) for s in complete] == [0, 0] and capsys.readouterr().err == ""
     tagged.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences = adapters.tokenize(tagged, demo[1], 7)  # five words, [CLS] and [SEP]
-    assert "--max-length 7: 2 of 14 words, in 2 sentences\n" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith("2 of 14 words, in 2 sentences") and "--max-length 7" in message
     kept = [tag for s in sentences for start, tag in zip(s.word_starts, s.tags) if start >= 0]
     metrics = finetune.evaluate(Predictor(kept), sentences, TAGS)
     # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC
