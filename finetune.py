@@ -140,9 +140,10 @@ def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list
     return runs
 
 
-def load_tagger(folder: Path, base: str | None = None, device="cpu") -> tuple[Tagger, Any, list]:
+def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple[Tagger, Any, list]:
     """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
     has been moved to. Raises UserError if that is another encoder."""
+    folder = Path(folder)
     record = read_record(folder / "tuned.json")
     local_base = folder / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])

@@ -87,10 +87,10 @@ def prime(
         outer_grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
         check_grads(outer_grads, sets, "sum of the query losses")
         optimizer.step()  # 9: θa and θp
-        if scheduler:
-            scheduler.step()
         for name, p in theta_h.items():
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
+        if scheduler:
+            scheduler.step()
         torch.clear_autocast_cache()  # it keeps low-precision copies, here of the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
@@ -105,9 +105,12 @@ class FunctionalModel(nn.Module):
     def __init__(self, model, loss, sets, checkpointing):
         super().__init__()
         self.model, self.loss, self.sets, self.checkpointing = model, loss, sets, checkpointing
-        names = {p: n for part in sets.values() for n, p in part.items()}
-        model_params = model.named_parameters(remove_duplicate=False)
-        self.aliases = {f"model.{n}": names[p] for n, p in model_params if p in names}
+        names = {p: name for part in sets.values() for name, p in part.items()}
+        self.aliases = {}  # each place in the model where a parameter is, and its name in the sets
+        for place, module in self.named_modules():  # a module with two names comes once
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                if p in names:
+                    self.aliases[f"{place}.{name}"] = names[p]
 
     def forward(self, function, *args):  # parameters are replaced while forward runs
         return function(*args)
@@ -145,8 +148,6 @@ def support_and_query_sets(tasks, encode, second_order):
     pairs = tasks and all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks)
     require(pairs, "a batch of tasks must be a non-empty list of (support, query) pairs")
     supports, queries = zip(*tasks)
-    reusable = not any(isinstance(batch, Iterator) for batch in (*supports, *queries))
-    require(reusable, "support and query sets must not be generators: they are read more than once")
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
@@ -154,6 +155,8 @@ def support_and_query_sets(tasks, encode, second_order):
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
+    reusable = not any(isinstance(batch, Iterator) for batch in supports)
+    require(reusable, "support sets must not be generators: each inner step reads them")
     return supports, queries
 
 

@@ -55,7 +55,7 @@ def test_each_word_of_a_text_gets_the_models_tag_and_each_line_of_text_a_sentenc
     sentences = sentences_of(done.stdout)
     assert [[word for word, _ in sentence] for sentence in sentences] == WORDS
     assert done.stderr == ""
-    model, tokenizer, tags = finetune.load_tagger(tuned / tune / "hi-0")
+    model, tokenizer, tags = finetune.load_tagger(str(tuned / tune / "hi-0"))
     assert tags == TAGS
     for sentence, words in zip(sentences, WORDS, strict=True):
         if words:

@@ -248,3 +248,37 @@ def test_no_grad_and_a_distributed_model_and_no_steps_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
     with pytest.raises(ValueError, match="steps must be at least 1"):
         prime.adamw_with_linear_decay(theta_p.values(), 1e-3, 0)
+
+
+@pytest.mark.parametrize("maml", [False, True])
+def test_a_module_with_two_names_gets_its_own_parameters_back(maml):
+    """Its parameters are replaced once, and the meta-gradient is that of a deep copy moved by SGD."""
+    torch.manual_seed(0)
+    first = nn.Linear(5, 5)
+    model = nn.Sequential(nn.Linear(4, 5), first, nn.Tanh(), first, nn.Linear(5, 3)).double()
+    support, query = ((torch.randn(6, 4).double(), torch.randint(3, (6,))) for _ in range(2))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    copied, before = copy.deepcopy(model), dict(model.named_parameters())
+    moving = copied.parameters() if maml else [*copied[1].parameters(), *copied[4].parameters()]
+    sgd = torch.optim.SGD(moving, lr=0.1)
+    for _ in range(5):
+        copied.zero_grad()
+        loss(copied, support).backward()
+        sgd.step()
+    copied.zero_grad()
+    loss(copied, query).backward()
+    theta_p, theta_a, theta_h = ({n: p for n, p in before.items() if n[0] == k} for k in "014")
+    optimizer = torch.optim.SGD([*theta_p.values(), *theta_a.values()], lr=0.0)
+    for _ in prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=[[(support, query)]],
+        loss=loss, optimizer=optimizer, inner_lr=0.1, maml=maml,
+    ):
+        pass
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    for name, p in copied.named_parameters():
+        if name[0] in "01":
+            torch.testing.assert_close(after[name].grad, p.grad, rtol=0, atol=1e-14)
