@@ -324,15 +324,14 @@ def save_primed(folder, model, tokenizer, record, losses):
 
     from adapters import error_context, file_checksums, write_record
 
-    if (folder / "priming.json").exists():
-        return  # another process with the same settings has written it
-    with error_context(f"writing {folder}"):
-        model.encoder.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_file(model.split_parameters().a, folder / "adapter.safetensors")
-    versions = {n: metadata.version(n) for n in ("torch", "transformers")}
-    more = {"versions": versions, "files": file_checksums(folder), "last_losses": losses[-10:]}
-    write_record(folder / "priming.json", record | more)
+    if not (folder / "priming.json").exists():  # by another process with the same settings
+        with error_context(f"writing {folder}"):
+            model.encoder.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_file(model.split_parameters().a, folder / "adapter.safetensors")
+        versions = {n: metadata.version(n) for n in ("torch", "transformers")}
+        more = {"versions": versions, "files": file_checksums(folder), "last_losses": losses[-10:]}
+        write_record(folder / "priming.json", record | more)
     for path in [folder / "checkpoint.pt", *folder.glob("*.new")]:
         path.unlink(missing_ok=True)
 
