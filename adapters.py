@@ -357,7 +357,7 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a line; the command goes on if nobody reads its output any more (a closed pipe)."""
+    """Prints a line; the command continues if nobody reads its output (a closed pipe)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
