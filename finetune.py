@@ -40,7 +40,7 @@ def parse_arguments() -> Namespace:
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
-        help="parameters to tune: θa and θh, θh, or all; with --init none rows 3, 2, 1 of Table 1")
+        help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the training sentences")
     add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs for at least N steps")
@@ -52,6 +52,7 @@ def parse_arguments() -> Namespace:
     add("--results", type=Path, default=Path("results"), help="folder for one file per run")
     add("--save", type=Path, help="write tuned parameters to SAVE/LANG-SEED")
     add("--load", type=Path, help="score such a folder instead of training")
+    # parsed first to find the folder, then again with its settings as the defaults
     args, source, names = parser.parse_args(), None, ()
     expect(not (args.load and args.save), "--save has nothing to write with --load")
     if args.load:

@@ -151,7 +151,7 @@ def support_and_query_sets(tasks, encode, second_order):
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        torch.clear_autocast_cache()  # no gradient passes the copies made without gradients
+        torch.clear_autocast_cache()  # copies made without gradients would cut off θp
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
