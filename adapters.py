@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+MODEL_DEFAULTS = {"model": "bert-base-multilingual-cased", "pe": "adapter", "bottleneck": 64,
+                  "types": ["PER", "ORG", "LOC"]}  # a primed folder has its own
 ParameterSets = NamedTuple("ParameterSets", [("p", dict), ("a", dict), ("h", dict)])  # by name
-
 
 class Sentence(NamedTuple):
     words: list[str]
@@ -24,7 +24,6 @@ class Sentence(NamedTuple):
     input_ids: list[int]  # word pieces, with special tokens
     word_starts: list[int]  # position of each word's first piece, -1 if it has none
     features: Tensor | None = None  # f(x; θp) of the words that have a piece, [words, hidden]
-
 
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: a bottleneck with a skip connection. It starts near the identity:
@@ -40,23 +39,24 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(nn.functional.gelu(self.down(x)))
 
-
 class Tagger(nn.Module):
-    """f, an encoder of `AutoModel`, with g and h. θa is, by §3.1, new parameters ("adapter": g, on
+    """f, an encoder of `AutoModel`, with g and h. θa is, by §3.1, new parameters ("adapter": g on
     top), a small subset of f's ("bitfit": its biases, Ben Zaken et al. 2022) or nothing (None). The
     head starts as BERT's own heads do: normal with std 0.02, zero bias."""
 
-    def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=64):
+    def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=64, bf16=False):
         super().__init__()
         hidden = encoder.config.hidden_size
-        self.encoder, self.pe, self.bf16 = encoder, pe, False
+        self.encoder, self.pe, self.bf16 = encoder, pe, bf16
         self.position_offset = None  # a sentence's first position in a packed row; None: no packing
+        causal = getattr(encoder.config, "is_decoder", False)
+        if encoder.config.model_type in ("bert", "roberta", "xlm-roberta") and not causal:
+            self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
         self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(hidden, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        has_theta_a = not pe or self.split_parameters().a
-        expect(has_theta_a, f"--pe {pe}: {encoder.config.model_type} has no such parameters")
+        expect(not pe or self.split_parameters().a, f"--pe {pe}: the encoder has no such parameters")
 
     def split_parameters(self) -> ParameterSets:
         """θp, θa and θh: disjoint. BERT's pooler, which no tag depends on, is in none of them."""
@@ -65,21 +65,6 @@ class Tagger(nn.Module):
         pattern = r"bias$" if self.pe == "bitfit" else r"^adapter\."
         theta_a = {n: theta_p.pop(n) for n in [*theta_p] if re.search(pattern, n)}
         return ParameterSets(theta_p, theta_a, theta_h)
-
-    @torch.no_grad()
-    def detect_packing(self, sentences: list[Sentence]) -> None:
-        """Enables packing if the longest and the shortest sentence get the same features packed as
-        alone. Raises UserError if not even a padded batch gives the same."""
-        by_length = sorted(sentences, key=lambda s: len(s.input_ids))
-        samples = [by_length[i] for i in (-1, -1, 0, 0)]  # packed: a full row, and one with padding
-        reference = torch.cat([self.encode([sample])[0].features for sample in samples])
-        after_padding = (getattr(self.encoder.config, "pad_token_id", None) or 0) + 1  # RoBERTa's
-        for self.position_offset in (0, after_padding, None):
-            with suppress(UserError):  # no positions, no mask per sentence, or no row this long
-                features = torch.cat([s.features for s in self.encode(samples)])
-                if (features - reference).norm() <= 1e-5 * reference.norm():
-                    return
-        raise UserError(f"--model: {self.encoder.config.model_type} mixes the sentences of a batch")
 
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
         """The encoder's arguments for rows of sentences, and, both [rows, length], which sentence is
@@ -96,13 +81,12 @@ class Tagger(nn.Module):
         return inputs, (sentence_ids, starts == 1)
 
     def encode(self, sentences: list[Sentence]) -> list[Sentence]:
-        """The sentences with their features. Raises UserError if the encoder fails."""
+        """The sentences with their features."""
         encoded = []
         for start in range(0, len(sentences), 256):  # bounds the memory
             chunk = sentences[start : start + 256]
             inputs, layout = self.encoder_inputs(chunk)
-            autocast = torch.autocast(layout[0].device.type, torch.bfloat16, enabled=self.bf16)
-            with autocast, error_context(f"--model: {self.encoder.config.model_type}"):
+            with torch.autocast(layout[0].device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = self.encoder(**inputs).last_hidden_state  # [rows, length, hidden]
             features = unpack(hidden.to(self.head.weight.dtype), *layout)
             encoded += [s._replace(features=words) for s, words in zip(chunk, features)]
@@ -119,7 +103,6 @@ class Tagger(nn.Module):
             sentences = self.encode(sentences)
         return self.head(self.adapter(torch.cat([s.features for s in sentences])))
 
-
 def pack(sentences: list[Sentence], capacity: int) -> list[list]:
     """Rows of (sentence number, input id, position in the sentence, whether a word starts there). A
     sentence goes to the first row that then uses at most `capacity` positions, or to a new row."""
@@ -130,13 +113,11 @@ def pack(sentences: list[Sentence], capacity: int) -> list[list]:
         row += [(number, piece, k, k in starts) for k, piece in enumerate(sentence.input_ids)]
     return [row for row in rows if row]
 
-
 def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> tuple[Tensor, ...]:
     """The features of each sentence, [words, hidden], from hidden states [rows, length, hidden]."""
     sentence_of_word, order = sentence_ids[is_word_start].sort(stable=True)
     counts = sentence_of_word.bincount(minlength=int(sentence_ids.max()) + 1)[1:]
     return hidden[is_word_start][order].split(counts.tolist())
-
 
 def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
     """L_Ti: the mean cross-entropy over the words that have a piece."""
@@ -144,17 +125,12 @@ def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
     tags = [tag for s in sentences for start, tag in zip(s.word_starts, s.tags) if start >= 0]
     return nn.functional.cross_entropy(logits, torch.tensor(tags, device=logits.device))
 
-
-def build_tagger(encoder, types, pe, bottleneck, device, bf16=False, sentences=()) -> Tagger:
-    """A Tagger on a device, in eval mode, which packs if that is exact for `sentences`."""
-    model = Tagger(encoder, len(tag_names(types)), pe, bottleneck).eval()
+def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
+    """A Tagger on a device, in eval mode."""
+    model = Tagger(encoder, len(tag_names(types)), pe, bottleneck, bf16).eval()
     with error_context(f"--device {device}"):
         model.to(device)
-    if sentences:
-        model.detect_packing(sentences)
-    model.bf16 = bf16
     return model
-
 
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
@@ -177,13 +153,11 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     expect(max_length > special, f"--max-length must be above {special} (special tokens)")
     limit = getattr(encoder.config, "max_position_embeddings", "no limit on")
     with error_context(f"--max-length {max_length}: the encoder has {limit} positions"):
-        encoder(torch.full((1, max_length), pieces - 1))
+        encoder(torch.full((1, max_length), pieces - 1), attention_mask=torch.ones(1, max_length))
     return encoder, tokenizer
-
 
 def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
-
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
     """The first `limit` sentences of a split in word pieces; for training, those that have any."""
@@ -193,7 +167,6 @@ def load_sentences(data, language, split, tokenizer, types, max_length, limit=No
     expect(len(sentences) >= min_sentences, f"--data {data}, {language} {split}: {found}")
     return sentences
 
-
 def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Sentence]:
     """Words and tags with word pieces, truncated to `max_length`, which is reported on stderr."""
     texts, tokenized = [words for words, _ in sentences], []
@@ -202,40 +175,30 @@ def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Se
         word_ids = encoded.word_ids(i)  # of each piece
         starts = [word_ids.index(word) if word in word_ids else -1 for word in range(len(words))]
         tokenized.append(Sentence(words, tags, encoded["input_ids"][i], starts))
-    if truncated := [s.word_starts.count(-1) for s in tokenized if -1 in s.word_starts]:
-        found = f"{sum(truncated)} of {sum(map(len, texts))} words, in {len(truncated)} sentences"
+    if truncated := sum(s.word_starts.count(-1) for s in tokenized):
         message = f"have no word piece within --max-length {max_length}: no loss, and scored as O"
-        print(f"{found} {message}", file=sys.stderr)
+        print(f"{truncated} of {sum(map(len, texts))} words {message}", file=sys.stderr)
     return tokenized
-
 
 def read_split(data: str, language: str, split: str, types: list[str]) -> list[tuple]:
     """Words and tag numbers of each sentence. `data` is a hub name, or a folder with a folder
-    per language of `train.txt` (first column: word, last: tag), the original archive's `train`
-    (`language:` before each word), or parquet files. Raises UserError with file and line."""
+    per language of `train.txt`, … Raises UserError with file and line."""
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
-    folder, tags, prefix = Path(data) / language, tag_names(types), f"{language}:"
-    dev = "dev" if split == "validation" else split
-    texts = [*filter(Path.is_file, map(folder.joinpath, (f"{split}.txt", f"{dev}.txt", dev)))]
-    tokens = [*(read_text(texts[0]) if texts else read_table(data, language, split))]
-    required_prefix = prefix if texts and not texts[0].suffix else ""  # the archive's file
-    expected = f"{required_prefix}word and tag, one of {' '.join(tags)} (--types)"
-    has_prefix = all(str(word).startswith(prefix) for _, word, _ in tokens if word)
-    sentences = [[]]
-    for location, word, tag in tokens:
+    folder, tags = Path(data) / language, tag_names(types)
+    file, sentences = folder / f"{split}.txt", [[]]
+    for location, word, tag in read_text(file) if file.exists() else read_hub(data, language, split):
         if word == tag == "":
             sentences.append([])
             continue
-        valid = word and str(word).startswith(required_prefix) and tag in tags
-        found = f"{str(word)[:80]!r} {str(tag)[:80]!r}"
-        expect(valid, f"{location}: expected {expected}, found {found}")
-        sentences[-1].append((str(word).removeprefix(prefix if has_prefix else ""), tags.index(tag)))
+        expected = f"expected word and tag, one of {' '.join(tags)} (--types)"
+        expect(word and tag in tags, f"{location}: {expected}, found {word!r:.80} {tag!r:.80}")
+        sentences[-1].append((word, tags.index(tag)))
     expect(any(sentences), f"{folder}: the {split} split is empty")
     return [tuple(map(list, zip(*sentence))) for sentence in sentences if sentence]
 
-
 def read_text(file: Path) -> Iterator[tuple]:
-    """Location, word and tag of each line, empty between sentences. Columns end at tabs, if any."""
+    """Location, word (the first column) and tag (the last) of each line, empty between sentences.
+    Columns end at tabs if the file has any, else at spaces."""
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     separator = "\t" if b"\t" in data else " "
     for number, line in enumerate(data.splitlines(), start=1):
@@ -244,41 +207,27 @@ def read_text(file: Path) -> Iterator[tuple]:
         word, *columns = [""] if text.startswith("-DOCSTART-") else text.split(separator)
         yield f"{file}:{number}", word, columns[-1] if columns else ""
 
+def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
+    """The same from the hub. A number that no ClassLabel names stays a number."""
+    from datasets import load_dataset
 
-def read_table(data: str, language: str, split: str) -> Iterator[tuple]:
-    """The same from parquet files or the hub. A number that no ClassLabel names stays a number."""
-    from datasets import Dataset, load_dataset
-    from pyarrow.parquet import read_table as read_parquet
-
-    folder = Path(data) / language
-    files = [*folder.glob(f"{split}.parquet"), *sorted(folder.glob(f"{split}-*.parquet"))]
-    if Path(data).is_dir():
-        count = re.search(r"-of-(\d+)\.parquet$", files[0].name) if files else None
-        complete = files and len(files) == (int(count[1]) if count else 1)
-        found = sorted(os.listdir(folder if folder.is_dir() else data))
-        expected = f"expected {split}.txt, {split}.parquet or all {split}-*-of-*.parquet"
-        expect(complete, f"{folder}: {expected}, found {found}")
-    with error_context(f"--data {data} (offline: a folder), {language} {split}: tokens, ner_tags"):
-        table = Dataset(read_parquet(files)) if files else load_dataset(data, language, split=split)
-        table = table.select_columns(["tokens", "ner_tags"])
+    folder = Path(data) / language if Path(data, language).is_dir() else Path(data)
+    found = sorted(os.listdir(folder)) if folder.is_dir() else []
+    expect(not folder.is_dir(), f"{folder}: expected {language}/{split}.txt, found {found}")
+    with error_context(f"--data {data}, {language} {split}: tokens, ner_tags"):
+        table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
     kind = getattr(table.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(kind, "names", [])))
     for number, (words, tags) in enumerate(zip(table["tokens"], table["ner_tags"]), start=1):
-        location = f"{folder}, {split} row {number}"
-        lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
-        expect(lists, f"{location}: expected as many words as tags, found {words} and {tags}")
-        for word, tag in [*zip(words, tags), ("", "")]:
-            yield location, word, names.get(tag, tag)
-
+        for word, tag in [*zip(words, tags, strict=True), ("", "")]:
+            yield f"{data}, {language} {split} row {number}", word, names.get(tag, tag)
 
 class UserError(ValueError):
     """Bad input: one line that says what was expected, what was found and what to do."""
 
-
 def expect(condition: Any, message: str) -> None:
     if not condition:
         raise UserError(message)
-
 
 @contextmanager
 def error_context(source: str) -> Iterator[None]:
@@ -289,40 +238,24 @@ def error_context(source: str) -> Iterator[None]:
         message = f"{source}: {type(error).__name__}: {error}"
         raise UserError(" ".join(message.split())[:600]) from error
 
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path, and renames it to `path` on success. Raises UserError on failure."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with error_context(f"writing {path}"):
         yield new
-    with suppress(FileNotFoundError):  # a finished run with the same settings removed it
-        try:
+        with suppress(FileNotFoundError):  # a finished run with the same settings removed it
             new.replace(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-            shutil.rmtree(new)  # another process with the same settings has written it
 
-
-def claim(folder: Path, settings: dict, done_file: str) -> bool:
-    """Makes a folder this run's, by a file with its settings, and returns whether the run is done.
-    Raises UserError if the folder is another run's."""
-    path, new = folder / "settings.json", folder / f"settings.{os.getpid()}.new"
+def claim(folder: Path, settings: dict) -> None:
+    """Makes a folder this run's, by a file of its settings. Raises UserError if it is another's."""
+    path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
-    others = [file for file in folder.iterdir() if file.suffix != ".new"]
-    ours = path.exists() or not others
-    expect(ours, f"{folder} is not empty and not of this command: choose another --output")
-    new.write_text(json.dumps(settings, indent=2))
-    try:
-        os.link(new, path)  # a rename would replace the claim of a run that was faster
-    except OSError:  # that run exists, or the file system has no hard links
-        with suppress(FileExistsError), open(path, "x") as file:
-            file.write(json.dumps(settings, indent=2))
-    new.unlink(missing_ok=True)
+    ours = not any(folder.iterdir()) or path.exists()
+    expect(ours, f"{folder} holds other files: choose another folder")
+    with suppress(FileExistsError), open(path, "x") as file:
+        file.write(json.dumps(settings, indent=2))
     read_record(path, settings)
-    return (folder / done_file).exists() and bool(read_record(folder / done_file))
-
 
 def read_record(path: Path, settings: dict | None = None) -> dict:
     """The JSON file of a run. Raises UserError if its settings differ from `settings`, or without
@@ -332,11 +265,9 @@ def read_record(path: Path, settings: dict | None = None) -> dict:
         same = settings or record["files"] == file_checksums(path.parent)
     expect(same, f"{path.parent}: a weights file is missing or not the one that {path.name} names")
     for name, now in (settings or {}).items():
-        flag = f"--{name.replace('_', '-')} {record.get(name)} (now {now})"
-        what = f"other {name}" if name in ("weights", "configuration", "sentences") else flag
-        expect(record.get(name) == now, f"{path.parent} holds a run with {what}: choose another folder")
+        found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
+        expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")
     return record
-
 
 def fingerprint(encoder: nn.Module, sentences: Any) -> dict:
     """Checksums of what a run starts from, without what does not change the encoder's output."""
@@ -346,23 +277,12 @@ def fingerprint(encoder: nn.Module, sentences: Any) -> dict:
     parts = {"weights": weights, "configuration": sorted(config), "sentences": sentences}
     return {name: zlib.crc32(repr(part).encode()) for name, part in parts.items()}
 
-
 def file_checksums(folder: Path) -> dict:
     return {file.name: zlib.crc32(file.read_bytes()) for file in folder.glob("*.safetensors")}
-
 
 def write_record(path: Path, record: dict) -> None:
     with atomic_write(path) as new:
         new.write_text(json.dumps(record, indent=2, default=str))
-
-
-def show(text: str) -> None:
-    """Prints a line; the command continues if nobody reads its output (a closed pipe)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
 
 def cli(main: Callable[[], None]) -> None:
     """Runs a command. Bad input ends it with one line on stderr and exit status 2."""
@@ -371,28 +291,25 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        interrupted = "interrupted; the same command continues from the last checkpoint or result"
-        message = " ".join(str(error).split()) or interrupted
+        message = " ".join(str(error).split()) or "interrupted; the last checkpoint or result is kept"
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
-
 
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags of both commands."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    add("--model", default="bert-base-multilingual-cased", help="encoder: hub name or folder")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, no_default = parser.add_argument, argparse.SUPPRESS  # see MODEL_DEFAULTS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", default=no_default, help="encoder: hub name or folder")
     add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
-    add("--types", nargs="+", default=["PER", "ORG", "LOC"], help="entity types, tagged B-X and I-X")
-    add("--pe", choices=["adapter", "bitfit"], default="adapter",
-        help="θa: an adapter on top, or the encoder's biases")
-    add("--bottleneck", type=positive(int), default=64, help="width of the adapter")
+    add("--types", default=no_default, nargs="+", help="entity types, tagged B-X and I-X")
+    add("--pe", default=no_default, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
+    add("--bottleneck", default=no_default, type=positive(int), help="width of the adapter")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
-    add("--device", default=device, help="torch device; by default cuda if torch finds it")
-    add("--bf16", action="store_true", help="run the encoder in bfloat16, by autocast")
+    add("--device", default=device, help="torch device: cuda if there is one")
+    add("--bf16", action="store_true", help="run the encoder in bfloat16")
     return parser
-
 
 def positive(kind: type, zero: bool = False) -> Callable:
     """A type for argparse: a positive, finite number, or with `zero` also 0."""
@@ -401,5 +318,4 @@ def positive(kind: type, zero: bool = False) -> Callable:
         if 0 < value < 2**63 or zero and value == 0:
             return value
         raise argparse.ArgumentTypeError(f"{text} is out of range")
-
     return number

@@ -98,6 +98,18 @@ def read_results(folder):
     return [json.loads(path.read_text()) for path in files]
 
 
+def score_saved(folder, split="test", data="demo/wikiann", limit=None, language="hi", base=None):
+    """F1 of the tagger that finetune.py saved to a folder, on the first `limit` sentences of a split."""
+    import adapters
+    import finetune
+
+    model, tokenizer, tags = finetune.load_tagger(folder, base)
+    types = [tag[2:] for tag in tags[1::2]]
+    sentences = adapters.load_sentences(
+        str(data), language, split, tokenizer, types, tokenizer.model_max_length, limit)
+    return finetune.evaluate(model, sentences, tags)["f1"]
+
+
 def snapshot(folder):
     """Modification time and bytes of each file in a folder."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]

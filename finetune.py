@@ -9,9 +9,6 @@ import random
 import sys
 import tempfile
 import zlib
-from argparse import Namespace
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,105 +19,86 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 from tqdm import tqdm
 
 import adapters
-from adapters import Sentence, Tagger, error_context, expect, load_sentences, read_record, tag_names
+from adapters import Sentence, Tagger, expect, load_sentences, read_record, tag_names
 from prime import adamw_with_linear_decay
 
-PRIMING_SETTINGS = ("model", "pe", "bottleneck", "types")  # a folder of prime.py supplies these
-SAVED_SETTINGS = (*PRIMING_SETTINGS, "max_length", "bf16", "limit_train", "tune", "epochs",
-                  "min_steps", "lr", "batch_size", "seeds")  # a folder of --save supplies these
 SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  "
          "updated {updated:,} of {parameters:,} ({share:.4%})")
 
-
-def parse_arguments() -> Namespace:
+def parse_arguments():
     """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
     parser = adapters.common_parser(
-        "Fine-tune a primed or pretrained encoder for target languages, and score it. The paper gives "
-        "the defaults of --model, --data, --types, --pe, --bottleneck and --tgt, and no others.")
+        "Fine-tune an encoder for target languages, and score it. --model, "
+        "--types, --pe and --bottleneck default to those of --init, or without it of prime.py. The "
+        "paper gives these, --data and --tgt, and no other default.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
         help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
-    add("--epochs", type=positive(int), default=10, help="passes over the training sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs for at least N steps")
+    add("--epochs", type=positive(int), default=10, help="passes over the sentences")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="at least N steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
     add("--split", choices=["test", "validation"], default="test", help="split to score")
-    add("--limit-test", type=positive(int), help="score its first N sentences only")
+    add("--limit-test", type=positive(int), help="score only the first N")
     add("--results", type=Path, default=Path("results"), help="folder for one file per run")
     add("--save", type=Path, help="write tuned parameters to SAVE/LANG-SEED")
-    add("--load", type=Path, help="score such a folder instead of training")
-    # parsed first to find the folder, then again with its settings as the defaults
-    args, source, names = parser.parse_args(), None, ()
-    expect(not (args.load and args.save), "--save has nothing to write with --load")
-    if args.load:
-        source, names = args.load / "tuned.json", SAVED_SETTINGS
-        parser.set_defaults(init=None)
-    elif args.init != "none":
-        source, names = Path(args.init) / "priming.json", PRIMING_SETTINGS
-    record = read_record(source) if source else {}
-    with error_context(f"{source}: expected the record of a run"):
-        saved = {name: record[name] for name in names}
-        priming = record["priming"] if args.load else record
-    parser.set_defaults(**saved, priming=priming, start=record.get("files"))
     args = parser.parse_args()
-    for name, value in saved.items():
-        flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-        expect(getattr(args, name) == value, f"{flag}: {source} has {value}")
+    args.priming = {} if args.init == "none" else read_record(Path(args.init) / "priming.json")
+    for name, default in adapters.MODEL_DEFAULTS.items():
+        saved = args.priming.get(name)
+        value = getattr(args, name, saved or default)
+        expect(not args.priming or value == saved, f"--{name} {value}: {args.init} has {saved}")
+        setattr(args, name, value)
     return args
-
 
 def main() -> None:
     args = parse_arguments()
     pe = args.pe if args.tune == "adapter" else None
-    if args.load:
-        loaded, tokenizer, _ = load_tagger(args.load, args.init, args.device)
-        encoder, state = loaded.encoder, loaded.state_dict()
-    else:
-        base = args.init if args.priming else args.model
-        encoder, tokenizer = adapters.load_encoder(base, args.max_length)
-        state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
-    options = {"tokenizer": tokenizer, "types": args.types, "max_length": args.max_length}
-    load = partial(load_sentences, args.data, **options)
-    data = {language: ([] if args.load else load(language, "train", limit=args.limit_train),
-                       load(language, args.split, limit=args.limit_test)) for language in args.tgt}
-    settings = {n: vars(args)[n] for n in (*SAVED_SETTINGS, "split", "limit_test", "start")}
+    base = args.init if args.priming else args.model
+    encoder, tokenizer = adapters.load_encoder(base, args.max_length)
+    state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
+    data, options = {}, (tokenizer, args.types, args.max_length)
+    for language in args.tgt:
+        train = load_sentences(args.data, language, "train", *options, args.limit_train)
+        test = load_sentences(args.data, language, args.split, *options, args.limit_test)
+        data[language] = train, test
+    movable = ("model", "init", "data", "device", "tgt", "results", "save", "priming")
+    settings = {n: v for n, v in vars(args).items() if n not in movable}
+    settings["start"] = args.priming.get("files")
     runs, records = plan_runs(settings, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for settings, result, folder, train, test in runs:
-        done = result.exists() and (not folder or folder.exists())
+        done = result.exists() and (not folder or (folder / "tuned.json").exists())
         if done:
             record = read_record(result, settings)
         else:
             torch.manual_seed(settings["seed"])
-            model = adapters.build_tagger(copy.deepcopy(encoder), *shape, train + test)
-            with error_context("--init: the saved parameters do not fit the model"):
-                model.load_state_dict(model.state_dict() | state)
+            model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
+            model.load_state_dict(model.state_dict() | state)
             theta_p, theta_a, theta_h = model.split_parameters()
             tuned = theta_a | theta_h | (theta_p if args.tune == "full" else {})
             for p in theta_p.values():
                 p.requires_grad_(args.tune == "full")
             if (pe == "adapter" or args.tune == "head") and test[0].features is None:
                 train[:], test[:] = model.encode_sets([train, test])  # once for all seeds
-            if not args.load:
-                fine_tune(
-                    model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
-                    batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
+            fine_tune(
+                model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
+                batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
             record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
             record |= {"train_sentences": len(train), "test_sentences": len(test)}
             updated, parameters = (sum(map(torch.numel, s.values())) for s in (tuned, theta_p | tuned))
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        adapters.show(SCORE.format(**record) + ("  (done before)" if done else ""))
+        print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
-            save_run(result, folder, record, model, tuned)
+            save_run(result, folder, settings, record, model, tuned)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
         table = f1.agg(F1="mean", std="std", seeds="size").reset_index()
-        adapters.show(table.to_string(index=False, float_format="%.2f", na_rep="-"))
-
+        print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
 def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list[tuple]:
     """Settings, result file, folder of --save, training and test sentences of each run. Raises
@@ -136,10 +114,9 @@ def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list
             result = results / f"{name}-{zlib.crc32(repr(run).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                read_record(folder / "tuned.json", run)
+                adapters.claim(folder, run)
             runs.append((run, result, folder, *sentences))
     return runs
-
 
 def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple[Tagger, Any, list]:
     """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
@@ -155,11 +132,9 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple[Tag
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(
         encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
-    with error_context(f"{folder}: tuned.safetensors does not fit tuned.json"):
-        model.load_state_dict(load_file(folder / "tuned.safetensors"), strict=False)
+    model.load_state_dict(model.state_dict() | load_file(folder / "tuned.safetensors"))
     tokenizer.model_max_length = record["max_length"]
     return model, tokenizer, tag_names(record["types"])
-
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
     """Plain fine-tuning of `tuned`, which is Algorithm 1 without inner steps (§5.2)."""
@@ -177,13 +152,11 @@ def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, see
         optimizer.step()
         scheduler.step()
 
-
 @torch.no_grad()
 def predict(model: Tagger, sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
     """The model's tags of all words of the sentences; O for a word without a piece."""
     predicted = iter(model.eval()(sentences).argmax(dim=-1).tolist())
     return [[tags[next(predicted)] if start >= 0 else "O" for start in s.word_starts] for s in sentences]
-
 
 def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     """Entity-level micro F1, precision and recall in percent, by CoNLL's convention."""
@@ -194,22 +167,18 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     metrics = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
-
-def save_run(result: Path, folder: Path | None, record: dict, model: Tagger, tuned: dict) -> None:
+def save_run(result, folder, settings: dict, record: dict, model: Tagger, tuned: dict) -> None:
     """Writes the folder of --save, if there is one, and then the result."""
     if folder:
+        adapters.claim(folder, settings)
         base = model.encoder.name_or_path
         if os.path.isdir(base):  # relative, so that both can be moved together
-            base = os.path.abspath(base)
-            with suppress(ValueError):  # on another drive
-                base = os.path.relpath(base, folder)
-        with adapters.atomic_write(folder) as new:
-            new.mkdir(parents=True)
-            save_file(tuned, new / "tuned.safetensors")
-            files = {"base": base, "files": adapters.file_checksums(new)}
-            adapters.write_record(new / "tuned.json", record | files)
+            base = os.path.relpath(base, folder)
+        with adapters.atomic_write(folder / "tuned.safetensors") as new:
+            save_file(tuned, new)
+        files = {"base": base, "files": adapters.file_checksums(folder)}
+        adapters.write_record(folder / "tuned.json", record | files)
     adapters.write_record(result, record)
-
 
 if __name__ == "__main__":
     adapters.cli(main)

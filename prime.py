@@ -4,13 +4,10 @@
 prime your own model, copy the part above the dividing line and iterate over `prime`. That part
 needs torch alone: 2.4 or newer, tested with 2.13.0."""
 
-import argparse
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ Task = tuple[Batch, Batch]  # a support set and a query set
 Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
 NO_CHECKPOINTING = "turn off activation checkpointing in the loss, or second_order and encode"
-
 
 def prime(
     model: nn.Module, *, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
@@ -62,7 +58,7 @@ def prime(
     check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps)
     outer_params = [*theta_p.values(), *theta_a.values()]
     inner_params = {**theta_a, **theta_h, **(theta_p if maml else {})}  # with θp: the red line
-    f = FunctionalModel(model, loss, sets, checkpointing=not second_order and not encode)
+    f_theta = FunctionalModel(model, loss, sets, checkpointing=not second_order and not encode)
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
         supports, queries = support_and_query_sets(tasks, encode, second_order)
@@ -72,20 +68,20 @@ def prime(
             # clone() keeps the graph, through which line 9's gradient at θi reaches θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
-                grads = f.with_parameters(theta_i, f.gradients, theta_i, support, second_order)
+                grads = f_theta.with_parameters(theta_i, f_theta.gradients, theta_i, support, second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
             if encode:  # it made one graph for all query sets: one backward pass after the last task
-                query_losses.append(f.with_parameters(theta_i, f.scalar_loss, query))
+                query_losses.append(f_theta.with_parameters(theta_i, f_theta.scalar_loss, query))
             else:  # this task's term of the sum in line 9
-                query_losses.append(f.with_parameters(theta_i, f.backward, query, outer_params))
+                query_losses.append(f_theta.with_parameters(theta_i, f_theta.backward, query, outer_params))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
             sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
         # not in the paper: stop if no gradient reaches θp or θa
-        outer_grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
-        check_grads(outer_grads, sets, "sum of the query losses")
+        grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
+        check_grads(grads, sets, "sum of the query losses")
         optimizer.step()  # 9: θa and θp
         for name, p in theta_h.items():
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
@@ -96,7 +92,6 @@ def prime(
     # 10: end while
     return theta_p, theta_a  # 11: updated in place
 
-
 class FunctionalModel(nn.Module):
     """The paper's f_θ: runs functions of the model with `theta` instead of its own parameters. Gradients
     are taken inside that call too, because a backward pass may read parameters again (checkpointing).
@@ -106,11 +101,9 @@ class FunctionalModel(nn.Module):
         super().__init__()
         self.model, self.loss, self.sets, self.checkpointing = model, loss, sets, checkpointing
         names = {p: name for part in sets.values() for name, p in part.items()}
-        self.aliases = {}  # each place in the model where a parameter is, and its name in the sets
-        for place, module in self.named_modules():  # a module with two names comes once
-            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-                if p in names:
-                    self.aliases[f"{place}.{name}"] = names[p]
+        self.aliases = {  # each place where the model has a parameter: its name in the sets
+            f"{place}.{name}": names[p] for place, module in self.named_modules()
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in names}
 
     def forward(self, function, *args):  # parameters are replaced while forward runs
         return function(*args)
@@ -141,7 +134,6 @@ class FunctionalModel(nn.Module):
         value.backward(inputs=outer_params)
         return value.detach()
 
-
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
     tasks = list(tasks)
@@ -159,11 +151,9 @@ def support_and_query_sets(tasks, encode, second_order):
     require(reusable, "support sets must not be generators: each inner step reads them")
     return supports, queries
 
-
 def require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for mistakes that would otherwise go unnoticed, and says what to do."""
@@ -180,29 +170,25 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     trainable = not inner_steps or sets["theta_p"] and (sets["theta_a"] or sets["theta_h"])
     require(trainable, "theta_p is empty (did a PE library freeze it?), or theta_a and theta_h are")
     model_params = dict(model.named_parameters(remove_duplicate=False))
-    optimized, seen = Counter(p for g in optimizer.param_groups for p in g["params"]), set()
+    optimized, seen = {p for group in optimizer.param_groups for p in group["params"]}, set()
     for set_name, part in sets.items():
         for name, p in part.items():
             own = model_params.get(name) is p
             require(own, f"{name} is not the model's: collect {set_name} after wrapping or moving it")
             require(p not in seen, f"{name} is in two sets: theta_p, theta_a, theta_h must be disjoint")
             require(p.requires_grad, f"{name} is frozen: call requires_grad_() on it first")
-            expected = 0 if set_name == "theta_h" else 1
-            found = f"the optimizer must hold it {expected} times, not {optimized[p]}"
-            require(optimized[p] == expected, f"{name} is in {set_name}: {found}")
+            held = set_name != "theta_h"
+            expected = f"{name}: the optimizer must {'' if held else 'not '}hold {set_name}"
+            require((p in optimized) == held, expected)
             seen.add(p)
-    for p in optimized:
-        names = [n for n, q in model_params.items() if q is p]
-        message = f"the optimizer holds {names or 'a parameter'}, which is in no set"
-        require(p in seen or not p.requires_grad, message)
-
+    extra = [tuple(p.shape) for p in optimized if p.requires_grad and p not in seen]
+    require(not extra, f"the optimizer holds parameters that are in no set, of shapes {extra}")
 
 def check_grads(grads, sets, name):
     """Raises ValueError if a set has gradients, by name, and all of them are None."""
     for set_name, part in sets.items():
         reached = [grads[n] is not None for n in part if n in grads]
         require(any(reached) or not reached, f"the {name} does not depend on {set_name}")
-
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler
@@ -211,9 +197,7 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
-
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
-
 
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
     """A list of (support, query) pairs, the tasks, per meta step. A task's sets are disjoint samples of
@@ -227,13 +211,12 @@ def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) ->
         torch.manual_seed(rng.getrandbits(63))  # for dropout
         yield batch
 
-
-def parse_arguments() -> argparse.Namespace:
-    from adapters import common_parser, positive
+def parse_arguments():
+    from adapters import MODEL_DEFAULTS, common_parser, positive
 
     parser = common_parser(
-        "Prime an encoder for later PE fine-tuning, by Algorithm 1 or an ablation of it. The paper "
-        "gives no --steps, --tasks, --support, --query or --max-length; other defaults are its own.")
+        "Prime an encoder, by Algorithm 1 or an ablation. The paper gives no --steps, --tasks, "
+        "--support, --query or --max-length; other defaults are its own.")
     add = parser.add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
@@ -241,19 +224,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--inner-steps", type=positive(int, zero=True), default=5, help="S, per task; 1 in row 7")
     add("--inner-lr", type=positive(float), default=0.03, help="α, the inner loop's rate, of SGD")
     add("--outer-lr", type=positive(float), default=5e-5, help="β, AdamW's rate, which falls to 0")
-    add("--steps", type=positive(int), default=1000, help="number of meta steps")
+    add("--steps", type=positive(int), default=1000, help="meta steps")
     add("--tasks", type=positive(int), default=2, help="tasks per meta step")
     add("--support", type=positive(int), default=16, help="support sentences per task")
     add("--query", type=positive(int), default=16, help="query sentences per task")
-    add("--second-order", action="store_true", help="exact meta-gradient, not §4.2's")
     add("--seed", type=positive(int, zero=True), default=0, help="for initial weights and sampling")
     add("--save-every", type=positive(int), default=100, help="meta steps between two checkpoints")
     add("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
+    parser.set_defaults(**MODEL_DEFAULTS)
     args = parser.parse_args()
     if args.method != "ft" and not args.inner_steps:
         parser.error("--inner-steps 0 is plain fine-tuning: use --method ft")
     return args
-
 
 def main() -> None:
     args = parse_arguments()
@@ -265,24 +247,20 @@ def main() -> None:
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
     options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    elsewhere = ("model", "data", "device", "output", "save_every")  # may change
-    settings = {n: v for n, v in vars(args).items() if n not in elsewhere}
+    movable = ("model", "data", "device", "output", "save_every")
+    settings = {n: v for n, v in vars(args).items() if n not in movable}
     settings |= adapters.fingerprint(encoder, corpora)
-    model = adapters.build_tagger(
-        encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16, sum(corpora, []))
-    if adapters.claim(args.output, settings, "priming.json"):
-        return adapters.show(f"{args.output} is complete")
-    with torch.no_grad():  # an inner step on the head changes the logits by about α‖f(x)‖²
-        square = torch.cat([s.features for s in model.encode(corpora[0][:100])]).square().sum(-1).mean()
-    adapters.show(f"α‖f(x)‖² = {args.inner_lr} · {square:.1f} = {args.inner_lr * square:.2f}")
+    shape = args.types, args.pe, args.bottleneck, args.device, args.bf16
+    model = adapters.build_tagger(encoder, *shape)
+    adapters.claim(args.output, settings)
+    if (args.output / "priming.json").exists() and adapters.read_record(args.output / "priming.json"):
+        return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = model.split_parameters()
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # row 5, §5.2: no inner steps, and AdamW updates θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         support, query = 0, support + query  # the sentences that the other methods draw
         model.train()  # dropout, as in any plain fine-tuning
-    elif args.second_order and (args.method == "maml" or args.pe != "adapter"):
-        encoder.set_attn_implementation("eager")  # fused attention has no second derivative
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
     checkpoint, stateful = args.output / "checkpoint.pt", (model, optimizer, scheduler)
@@ -291,7 +269,7 @@ def main() -> None:
     meta_training = prime(
         model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches,
         loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr,
-        inner_steps=inner_steps, maml=args.method == "maml", second_order=args.second_order,
+        inner_steps=inner_steps, maml=args.method == "maml",
         encode=model.encode_sets if args.pe == "adapter" else None)  # bitfit's θa is inside f
     for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=None):
         losses.append(sum(query_losses))
@@ -302,8 +280,7 @@ def main() -> None:
             with adapters.atomic_write(checkpoint) as new:
                 torch.save((losses, [part.state_dict() for part in stateful]), new)
     save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
-    adapters.show(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
-
+    print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 def load_checkpoint(path, device, stateful):
     """Restores an interrupted run; returns the losses of the meta steps that it has done."""
@@ -317,24 +294,20 @@ def load_checkpoint(path, device, stateful):
             part.load_state_dict(state)
     return losses
 
-
 def save_primed(folder, model, tokenizer, record, losses):
     """Writes θp* as `AutoModel` reads it, θa*, and last priming.json, which completes a folder."""
     from safetensors.torch import save_file
 
     from adapters import error_context, file_checksums, write_record
 
-    if not (folder / "priming.json").exists():  # by another process with the same settings
-        with error_context(f"writing {folder}"):
-            model.encoder.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            save_file(model.split_parameters().a, folder / "adapter.safetensors")
-        versions = {n: metadata.version(n) for n in ("torch", "transformers")}
-        more = {"versions": versions, "files": file_checksums(folder), "last_losses": losses[-10:]}
-        write_record(folder / "priming.json", record | more)
+    with error_context(f"writing {folder}"):
+        model.encoder.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file(model.split_parameters().a, folder / "adapter.safetensors")
+    more = {"files": file_checksums(folder), "last_losses": losses[-10:]}
+    write_record(folder / "priming.json", record | more)
     for path in [folder / "checkpoint.pt", *folder.glob("*.new")]:
         path.unlink(missing_ok=True)
-
 
 if __name__ == "__main__":
     from adapters import cli

@@ -231,7 +231,6 @@ def demo_tagger(demo, pe, attention="sdpa"):
         for p in model.split_parameters().a.values():
             p.add_(0.02 * torch.randn_like(p))
     model.encoder.set_attn_implementation(attention)
-    model.detect_packing(demo[2])
     assert model.position_offset == 0  # packed, as in the command
     return model
 
@@ -658,7 +657,7 @@ def test_fine_tune_equals_algorithm_1_without_inner_steps(tune, demo):
         torch.manual_seed(0)
         model = adapters.build_tagger(
             copy.deepcopy(demo[0]).float(), types=["PER", "ORG", "LOC"], bottleneck=8, device="cpu",
-            pe="adapter" if tune == "adapter" else None, bf16=False, sentences=demo[2])
+            pe="adapter" if tune == "adapter" else None, bf16=False)
         sets = model.split_parameters()
         for p in sets.p.values():
             p.requires_grad_(tune == "full")

@@ -44,9 +44,7 @@ def main() -> None:
         for language in args.src]
     model = adapters.build_tagger(
         encoder, types=args.types, pe=args.pe, bottleneck=args.bottleneck, device=args.device,
-        bf16=args.bf16, sentences=sum(corpora, []))
-    if args.second_order and (args.method == "maml" or args.pe != "adapter"):
-        encoder.set_attn_implementation("eager")  # fused attention has no second derivative
+        bf16=args.bf16)
     theta_p, theta_a, theta_h = model.split_parameters()
     optimizer, scheduler = prime.adamw_with_linear_decay(
         [*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)
@@ -55,7 +53,7 @@ def main() -> None:
     meta_training = prime.prime(
         model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=adapters.tag_loss,
         optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr, inner_steps=args.inner_steps,
-        maml=args.method == "maml", second_order=args.second_order,
+        maml=args.method == "maml",
         encode=model.encode_sets if args.pe == "adapter" else None)
     losses = []
     for query_losses in tqdm(with_new_heads(meta_training, model.head), "priming", args.steps, disable=None):

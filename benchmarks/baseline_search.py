@@ -96,7 +96,7 @@ def main() -> None:
         adapters.load_sentences(args.data, args.language, split, tokenizer, limit=limit, **options)
         for split, limit in [(args.split, args.limit_test), *(("train", size) for size in args.sizes)]]
     tagger = adapters.build_tagger(
-        encoder, types=TYPES, pe=None, bottleneck=64, device=args.device, bf16=False, sentences=sum(sets, []))
+        encoder, types=TYPES, pe=None, bottleneck=64, device=args.device, bf16=False)
     with torch.no_grad():
         validation, *trains = tagger.encode_sets(sets)
     source = report.provenance(args.model, args.data, [args.language])

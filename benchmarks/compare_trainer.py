@@ -122,7 +122,7 @@ def tune(job, encoder, train, test, *, epochs, lr, seed, device):
     """The same in finetune.py's loop, with the adapter on encoded sentences."""
     began = time.perf_counter()
     build = functools.partial(
-        adapters.build_tagger, types=TYPES, bottleneck=64, device=device, bf16=False, sentences=train)
+        adapters.build_tagger, types=TYPES, bottleneck=64, device=device, bf16=False)
     if job == "adapter":
         model = build(encoder, pe="adapter")
         _, theta_a, theta_h = model.split_parameters()
@@ -142,8 +142,7 @@ def tune(job, encoder, train, test, *, epochs, lr, seed, device):
 def prime_or_train(job, encoder, tokenizer, corpora, *, steps, seed, device):
     """Seconds of Algorithm 1, or of Trainer on the sentences of its tasks."""
     model = adapters.build_tagger(
-        encoder, types=TYPES, pe="adapter", bottleneck=64, device=device, bf16=False,
-        sentences=sum(corpora, []))
+        encoder, types=TYPES, pe="adapter", bottleneck=64, device=device, bf16=False)
     batches = [*prime.sample_batches(corpora, steps=steps, tasks=2, support=16, query=16, seed=seed)]
     began = time.perf_counter()
     if "Trainer" in job:

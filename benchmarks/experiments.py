@@ -50,6 +50,12 @@ PRIMING = {  # flags of prime.py; None: no priming
     "new-heads": [*STEPS, "--inner-lr", "0.3"],  # by ablate_new_heads.py
     "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
     "meta-bitfit": [*STEPS, "--pe", "bitfit"],
+    "ft-bitfit": [*STEPS, "--method", "ft", "--pe", "bitfit"],
+    "lora-none": None,  # by examples/lora.py, as the next
+    "lora-ft": [*STEPS, "--method", "ft"],
+    "lora-meta": [*STEPS, "--inner-lr", "0.1"],
+    "lora-meta-0.03": [*STEPS, "--inner-lr", "0.03"],
+    "lora-meta-0.3": [*STEPS, "--inner-lr", "0.3"],
 }
 TUNING = {  # flags of finetune.py by number of training sentences; None: any other number
     "none": {200: "--min-steps 250", None: "--min-steps 750"},  # by baseline_search.py, as the next
@@ -58,13 +64,18 @@ TUNING = {  # flags of finetune.py by number of training sentences; None: any ot
     "full": {None: "--tune full --lr 5e-5 --epochs 3 --min-steps 750"},
     "none-bitfit": {None: "--pe bitfit --min-steps 750"},
     "meta-bf16": {None: "--bf16"},
+    **dict.fromkeys(
+        ["lora-none", "lora-ft", "lora-meta", "lora-meta-0.03", "lora-meta-0.3"],
+        {200: "--min-steps 250", None: "--epochs 3 --min-steps 750"}),
 }
 PAIRS = [
     ("meta", "ft"), ("meta", "maml"), ("meta", "one-step"), ("meta", "paper-alpha"), ("paper-alpha", "maml"),
     ("meta", "none"),
     ("ft", "none"), ("one-step", "ft"), ("ft", "ft-half"), ("meta", "new-heads"), ("meta", "meta-bf16"),
     ("meta-1000", "ft-1000"), ("meta-1000", "one-step-1000"), ("one-step-1000", "ft-1000"),
-    ("meta-1000", "meta"), ("ft-1000", "ft"), ("meta", "ft-1000"), ("meta-bitfit", "none-bitfit")]
+    ("meta-1000", "meta"), ("ft-1000", "ft"), ("meta", "ft-1000"), ("meta-bitfit", "none-bitfit"),
+    ("ft-bitfit", "none-bitfit"), ("meta-bitfit", "ft-bitfit"),
+    ("lora-meta", "lora-none"), ("lora-ft", "lora-none"), ("lora-meta", "lora-ft")]
 SECOND_PAIRS = [(("meta", "ft"), ("meta-1000", "ft-1000"))]  # differences of differences
 SHARES = ("meta", "ft", "maml", "one-step", "meta-1000", "ft-1000", "one-step-1000")
 KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
@@ -102,7 +113,7 @@ def run_experiments(
     run: Callable[..., None] = run_command,
 ) -> None:
     """Primes, unless no result is missing, and tunes for each target and size of which there is none yet."""
-    folder = output / f"{priming}-{seed}"
+    folder, lora = output / f"{priming}-{seed}", priming.startswith("lora")
     start = ["--init", folder] if PRIMING[priming] else ["--init", "none", "--model", model]
     output.mkdir(parents=True, exist_ok=True)
     for target, size in ((target, size) for target in targets for size in sizes):
@@ -113,13 +124,21 @@ def run_experiments(
             print(f"{priming}, seed {seed}, {target}, {size} sentences: in {results} already")
             continue
         if PRIMING[priming] and not (folder / "priming.json").exists():
-            script = "benchmarks/ablate_new_heads.py" if priming == "new-heads" else "prime.py"
-            run(script, "--model", model, "--data", data, *PRIMING[priming], "--seed", seed,
-                "--save-every", 10**6, "--output", folder)
+            flags = ["--model", model, "--data", data, *PRIMING[priming], "--seed", seed, "--output", folder]
+            if lora:
+                run("examples/lora.py", "prime", *flags)
+            else:
+                script = "benchmarks/ablate_new_heads.py" if priming == "new-heads" else "prime.py"
+                run(script, *flags, "--save-every", 10**6)
         written = output / f"{priming}-{seed}-{target}-{size}-{split}"
         shutil.rmtree(written, ignore_errors=True)
-        run("finetune.py", "--tgt", target, "--data", data, *start, "--seeds", seed, "--limit-train", size,
-            "--limit-test", limit_test, "--split", split, *tuning, "--results", written)
+        flags = ["--tgt", target, "--data", data, *start, "--limit-train", size, "--limit-test", limit_test,
+                 "--split", split, *tuning]
+        if lora:
+            written.mkdir()
+            run("examples/lora.py", "tune", *flags, "--seed", seed, "--results", written / "tuned.json")
+        else:
+            run("finetune.py", *flags, "--seeds", seed, "--results", written)
         (path,) = written.glob("*.json")
         record = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: record[name] for name in KEPT}

@@ -42,7 +42,6 @@ def measure(encoder, corpora, scale, alpha, *, steps, outer_lr, seed):
     """α‖c f(x)‖², and the query loss over the first and over the last ten meta steps."""
     torch.manual_seed(seed)
     model = ScaledTagger(copy.deepcopy(encoder), len(adapters.tag_names(TYPES))).eval()
-    model.detect_packing(sum(corpora, []))
     model.scale = scale
     with torch.no_grad():
         features = torch.cat([s.features for s in model.encode(corpora[0][:100])])

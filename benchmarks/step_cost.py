@@ -266,8 +266,7 @@ def load(name, data, *, languages, limit_train, device, bf16):
             data, language, "train", tokenizer, types=TYPES, max_length=128, limit=limit_train)
         for language in languages]
     model = adapters.build_tagger(
-        encoder, types=TYPES, pe="adapter", bottleneck=64, device=device, bf16=bf16,
-        sentences=sum(corpora, []))
+        encoder, types=TYPES, pe="adapter", bottleneck=64, device=device, bf16=bf16)
     return model, corpora
 
 

@@ -27,6 +27,7 @@ import pandas
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import adapters
+import finetune
 import report
 
 NAMES = {1: "Full FT", 2: "HT", 3: "AT", 4: "Meta Priming → AT", 5: "FT Priming → AT",
@@ -97,8 +98,7 @@ def run_row(
                 "--results", official)
     for target in settings.distinct:
         if (target, seeds[0]) not in read_results(distinct):
-            run("finetune.py", "--tgt", target, "--data", output / "distinct", "--load",
-                folder / "tuned" / f"{target}-{seeds[0]}", "--results", distinct)
+            score_distinct(folder / "tuned" / f"{target}-{seeds[0]}", output / "distinct", distinct)
     return [{**record, "row": row, "split": path.name} for path in (official, distinct)
             for (target, seed), record in read_results(path).items() if target in targets and seed in seeds]
 
@@ -107,6 +107,18 @@ def read_results(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The records that finetune.py wrote to a folder of --results, by target and seed."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     return {(record["target"], record["seed"]): record for record in records}
+
+
+def score_distinct(tuned: Path, data: Path, results: Path) -> None:
+    """Scores a model on the test sentences that `write_distinct` wrote, and writes a record."""
+    model, tokenizer, tags = finetune.load_tagger(tuned)
+    record = adapters.read_record(tuned / "tuned.json")
+    sentences = adapters.load_sentences(
+        str(data), record["target"], "test", tokenizer, TYPES, record["max_length"])
+    score = finetune.evaluate(model, sentences, tags)
+    results.mkdir(parents=True, exist_ok=True)
+    new = {**record, **score, "test_sentences": len(sentences)}
+    adapters.write_record(results / f"{tuned.name}.json", new)
 
 
 def write_distinct(target: str, settings: Settings, output: Path) -> None:

@@ -47,7 +47,6 @@ def main() -> None:
     predicted = iter([])
     if not_empty:
         tokenized = adapters.tokenize(not_empty, tokenizer, tokenizer.model_max_length)
-        model.detect_packing(tokenized)
         predicted = iter(finetune.predict(model, tokenized, tags))
     for words, gold in sentences:
         columns = [words, next(predicted)] if words else [[], []]

@@ -14,12 +14,13 @@ from conftest import (
 )
 
 import adapters
+import finetune
 
 
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("prime.py", ["--src", "en", "xx", *DEMO], "demo/wikiann/xx: expected train.txt, "),
+        ("prime.py", ["--src", "en", "xx", *DEMO], "demo/wikiann: expected xx/train.txt, found ["),
         ("prime.py", [*DEMO, "--support", 10_000], "en train: 1000 sentences, 10016 are needed"),
         ("prime.py", [*DEMO, "--inner-lr", "nan"], "argument --inner-lr: nan is out of range"),
         ("prime.py", [*DEMO, "--steps", "0"], "argument --steps: 0 is out of range"),
@@ -34,9 +35,8 @@ import adapters
         ("finetune.py", [*HINDI, *FROM_PRETRAINED, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", [*DEMO, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline"),
-        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where (offline"),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: tokens, ner_tags: ConnectionError: "),
         ("finetune.py", [*HINDI, "--init", "no/where"], "no/where/priming.json: expected "),
-        ("finetune.py", [*HINDI, "--load", "no/where"], "no/where/tuned.json: expected "),
     ],
 )
 def test_bad_input_is_one_line(script, flags, message, tmp_path):
@@ -52,7 +52,7 @@ def test_a_folder_or_file_of_something_else_is_refused_and_not_touched(tmp_path)
     (tmp_path / "mine/partial-results").mkdir(parents=True)
     (tmp_path / "mine/thesis.tex").write_text("x")
     (line,) = command("prime.py", *SLOW_PRIMING, "--output", tmp_path / "mine", status=2).stderr.splitlines()
-    assert f"{tmp_path}/mine is not empty" in line and "choose another --output" in line
+    assert f"{tmp_path}/mine holds other files: choose another folder" in line
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.tex", "partial-results"}
     (line,) = command("prime.py", *SLOW_PRIMING, "--output", "demo/README.md", status=2).stderr.splitlines()
     assert "demo/README.md" in line
@@ -62,12 +62,13 @@ def test_a_missing_split_is_found_before_any_training(tmp_path):
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=shutil.ignore_patterns("test*"))
     flags = ["--tgt", "hi", *FROM_PRETRAINED, "--data", tmp_path / "data", "--results", tmp_path / "r"]
     (line,) = command("finetune.py", *flags, status=2).stderr.splitlines()
-    assert f"{tmp_path}/data/hi: expected test.txt, " in line and not (tmp_path / "r").exists()
+    assert f"{tmp_path}/data/hi: expected hi/test.txt, " in line and not (tmp_path / "r").exists()
     assert line.endswith("found ['train.txt', 'validation.txt']")
 
 
 def broken_folders(tmp_path, primed, tuned):
-    """Flags of finetune.py that name a folder with something missing or wrong, and part of the message."""
+    """Flags of finetune.py, or a folder for load_tagger, with something missing or wrong, and part of the
+    message."""
     def copied(name, source="demo/encoder", without=()):
         return shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns(*without))
 
@@ -75,11 +76,6 @@ def broken_folders(tmp_path, primed, tuned):
         path = copied(name, source) / file
         path.write_bytes(change(path.read_bytes()))
         return path.parent
-
-    def setting(name, file="priming.json", source=primed, **changes):
-        folder = copied(name, source)
-        edit_json(folder / file, **changes)
-        return folder
 
     def cut(data):
         return data[:-9]
@@ -89,24 +85,23 @@ def broken_folders(tmp_path, primed, tuned):
     yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline: a folder): OSError"
     few = save_encoder(random_encoder("Bert", 1000), tmp_path / "few")
     yield [*model, few], "few: the tokenizer has 1834 word pieces, the encoder 1000"
-    fnet = save_encoder(random_encoder("FNet", 1834), tmp_path / "fnet")  # it has no attention
-    yield [*model, fnet], "fnet mixes the sentences of a batch"
-    yield ["--init", setting("pe", pe="bitfit")], "--init"
-    yield ["--init", setting("size", bottleneck=9)], "--init"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record/priming.json: expected"
     yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json/priming.json: expected"
     yield ["--init", edited("key", "priming.json", lambda data: b"{}")], "key/priming.json: expected"
     yield ["--init", edited("list", "priming.json", lambda data: b"[]")], "list/priming.json: expected"
     yield ["--init", edited("cut", "adapter.safetensors", cut)], "cut: a weights file is missing or not"
     yield ["--init", edited("weights", "model.safetensors", cut)], "weights: a weights file is missing or not"
-    yield ["--load", edited("load", "tuned.safetensors", cut, tuned)], "load: a weights file is missing or not"
-    yield ["--load", copied("no-tuned", tuned, ["*.json"])], "no-tuned/tuned.json: expected"
+    yield edited("load", "tuned.safetensors", cut, tuned), "load: a weights file is missing or not"
+    yield copied("no-tuned", tuned, ["*.json"]), "no-tuned/tuned.json: expected"
 
 
 def test_a_broken_folder_is_named_and_nothing_is_written(table, primed, tmp_path):
     for flags, message in broken_folders(tmp_path, primed, table[4][0] / "tuned/hi-0"):
-        small = [] if "--load" in flags else SMALL_TUNING
-        done = command("finetune.py", *HINDI, *small, "--results", tmp_path / "r", *flags, status=2)
+        if not isinstance(flags, list):
+            with pytest.raises(adapters.UserError, match=message):
+                finetune.load_tagger(flags)
+            continue
+        done = command("finetune.py", *HINDI, *SMALL_TUNING, "--results", tmp_path / "r", *flags, status=2)
         (line,) = done.stderr.splitlines()
         assert message in line and not [*tmp_path.glob("r/*")]
 
@@ -125,34 +120,35 @@ def test_a_result_file_that_is_not_ours_is_named_and_not_touched(content, tmp_pa
     assert str(tmp_path) in line and result.read_text() == content
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [("priming.json", {"bottleneck": None}), ("tuned.json", {"max_length": None}),
-     ("tuned.json", {"bottleneck": 9})],
-    ids=str,
-)
-def test_a_record_without_a_setting_or_with_a_wrong_one_is_named(name, change, table, tmp_path):
-    """None stands for a setting that is missing."""
-    primed = table[4][0] / "primed"
-    source = primed if name == "priming.json" else table[4][0] / "tuned/hi-0"
-    folder = shutil.copytree(source, tmp_path / "folder")
-    record = json.loads((folder / name).read_text()) | change
-    record = {key: value for key, value in record.items() if key not in change or value is not None}
-    (folder / name).write_text(json.dumps(record))
-    flags = ["--init", folder] if name == "priming.json" else ["--init", primed, "--load", folder]
-    done = command("finetune.py", *HINDI, *flags, "--results", tmp_path / "r", status=2)
-    (line,) = done.stderr.splitlines()
-    assert str(folder) in line
+def test_a_record_without_a_setting_is_named(primed, tmp_path):
+    folder = shutil.copytree(primed, tmp_path / "folder")
+    record = json.loads((folder / "priming.json").read_text())
+    del record["bottleneck"]
+    (folder / "priming.json").write_text(json.dumps(record))
+    done = command("finetune.py", *HINDI, "--init", folder, "--results", tmp_path / "r", status=2)
+    assert done.stderr == f"finetune.py: --bottleneck 64: {folder} has None\n"
+
+
+@pytest.mark.parametrize("changes", [{"pe": "bitfit"}, {"bottleneck": 9}], ids=str)
+def test_parameters_that_do_not_fit_an_edited_record_are_never_ignored(changes, table, tmp_path):
+    folder = shutil.copytree(table[4][0] / "primed", tmp_path / "folder")
+    edit_json(folder / "priming.json", **changes)
+    with pytest.raises(RuntimeError, match="Error.* in loading state_dict for Tagger"):
+        command("finetune.py", *HINDI, *SMALL_TUNING, "--init", folder, "--results", tmp_path / "r")
+    tuned = shutil.copytree(table[4][0] / "tuned/hi-0", tmp_path / "tuned")
+    edit_json(tuned / "tuned.json", **changes)
+    with pytest.raises(RuntimeError, match="Error.* in loading state_dict for Tagger"):
+        finetune.load_tagger(tuned, str(table[4][0] / "primed"))
 
 
 def test_a_terminal_without_greek_letters_gets_help_and_messages(tmp_path):
     for script in ("prime.py", "finetune.py"):
         help = command(script, "--help", encoding="ascii").stdout
-        assert "--bottleneck" in help and "?a: an adapter on top" in " ".join(help.split())
+        assert "--bottleneck" in help and "?a: an adapter, or f's biases" in " ".join(help.split())
     done = command("prime.py", *SLOW_PRIMING, "--output", tmp_path / "primed", encoding="ascii")
     assert done.stdout.splitlines()[-1].startswith(f"{tmp_path}/primed: 12 steps; query loss ")
     (line,) = command("prime.py", *SLOW_PRIMING, "--src", "θ", status=2, encoding="ascii").stderr.splitlines()
-    assert "demo/wikiann/?: expected train.txt, " in line
+    assert "demo/wikiann: expected ?/train.txt, " in line
 
 
 # ---- fuzz ----
@@ -191,8 +187,7 @@ def parse_sentences(data):
     ends = [not line or line.startswith("-DOCSTART-") for line in lines]
     groups = itertools.groupby(zip(ends, columns), key=lambda pair: pair[0])
     sentences = [[(row[0], row[-1]) for _, row in group] for end, group in groups if not end]
-    has_prefix = all(word.startswith("hi:") for sentence in sentences for word, _ in sentence)
-    return [[(word[3 * has_prefix :], tag) for word, tag in sentence] for sentence in sentences]
+    return sentences
 
 
 def test_the_reader_returns_what_was_written_or_raises_one_error_for_2000_mutated_files(tmp_path):
@@ -218,17 +213,15 @@ def test_the_reader_returns_what_was_written_or_raises_one_error_for_2000_mutate
 
 
 @pytest.mark.parametrize(
-    "name, count", [("checkpoint.pt", 10), ("settings.json", 10), ("priming.json", 100), ("tuned.json", 100)]
+    "name, count", [("checkpoint.pt", 10), ("settings.json", 10), ("priming.json", 100)]
 )
 def test_a_command_works_or_ends_with_one_line_for_mutated_files(name, count, unfinished, table, tmp_path):
-    primed, tuned = table[4][0] / "primed", table[4][0] / "tuned/hi-0"
+    primed = table[4][0] / "primed"
     results = [*HINDI, "--limit-test", 3, "--results", tmp_path / "r"]
     if name in ("checkpoint.pt", "settings.json"):
         source, script, flags = unfinished[0] / "primed", "prime.py", [*unfinished[1], "--output"]
-    elif name == "priming.json":
-        source, script, flags = primed, "finetune.py", [*results, "--limit-train", 3, "--init"]
     else:
-        source, script, flags = tuned, "finetune.py", [*results, "--init", primed, "--load"]
+        source, script, flags = primed, "finetune.py", [*results, "--limit-train", 3, "--init"]
     rng, original, folder = random.Random(0), (source / name).read_bytes(), tmp_path / "mutated"
     memory, statuses = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, set()
     for _ in range(count):
@@ -239,3 +232,18 @@ def test_a_command_works_or_ends_with_one_line_for_mutated_files(name, count, un
         assert done.status == 0 or done.status == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert 2 in statuses
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000  # kB
+
+
+def test_a_tagger_loads_or_raises_one_error_for_100_mutated_records(table, tmp_path):
+    rng, statuses = random.Random(0), set()
+    folder = shutil.copytree(table[4][0] / "tuned/hi-0", tmp_path / "mutated")
+    original = (folder / "tuned.json").read_bytes()
+    for _ in range(100):
+        (folder / "tuned.json").write_bytes(mutate(original, rng))
+        try:
+            finetune.load_tagger(folder, str(table[4][0] / "primed"))
+            statuses.add("loaded")
+        except adapters.UserError as error:
+            assert "\n" not in str(error)
+            statuses.add("refused")
+    assert "refused" in statuses

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import (
     DEMO, FROM_PRETRAINED, HERE, HINDI, PRIMING, SMALL_PRIMING, SMALL_TUNING, TUNING, TYPES, command,
-    moved, read_results, tensors,
+    moved, read_results, score_saved, tensors,
 )
 from torch import nn
 
@@ -96,20 +96,11 @@ def test_biases_are_primed_tuned_saved_and_loaded(tmp_path):
         for seed in (0, 1):  # both start from the primed biases
             tuned = tensors(save / f"hi-{seed}", "tuned.safetensors")
             assert tuned.keys() == {*biases, *HEAD_SHAPES} and moved(theta_a, tuned) == biases
-        command("finetune.py", *flags, "--load", save / "hi-1")
-        _, trained, loaded = read_results(tmp_path / "r")[-3:]
-        assert loaded["f1"] == trained["f1"]
-        assert loaded["updated"] == trained["updated"] == sum(p.numel() for p in tuned.values())
+        trained = read_results(tmp_path / "r")[-1]
+        assert score_saved(save / "hi-1", limit=30) == trained["f1"]
+        assert trained["updated"] == sum(p.numel() for p in tuned.values())
     command("finetune.py", *flags, *FROM_PRETRAINED, "--pe", "bitfit")
-    assert read_results(tmp_path / "r")[-1]["updated"] == loaded["updated"]
-
-
-@pytest.mark.parametrize("method, pe", [("meta", "adapter"), ("meta", "bitfit"), ("maml", "adapter")])
-def test_second_order_gives_different_weights(method, pe, tmp_path):
-    flags = [*DEMO, *SMALL_PRIMING, "--method", method, "--pe", pe]
-    command("prime.py", *flags, "--output", tmp_path / "first")
-    command("prime.py", *flags, "--second-order", "--output", tmp_path / "second")
-    assert moved(tensors(tmp_path / "first"), tensors(tmp_path / "second"))
+    assert read_results(tmp_path / "r")[-1]["updated"] == trained["updated"]
 
 
 def hand_written_losses(method, pe, *, steps, tasks, support, query, inner_steps, inner_lr, outer_lr, seed):
@@ -119,8 +110,7 @@ def hand_written_losses(method, pe, *, steps, tasks, support, query, inner_steps
     encoder, tokenizer = adapters.load_encoder("demo/encoder", 128)
     corpora = [adapters.load_sentences("demo/wikiann", language, "train", tokenizer, types=TYPES,
                                        max_length=128, limit=20) for language in ("en", "es")]
-    model = adapters.build_tagger(encoder, types=TYPES, pe=pe, bottleneck=64, device="cpu", bf16=False,
-                                  sentences=sum(corpora, []))
+    model = adapters.build_tagger(encoder, types=TYPES, pe=pe, bottleneck=64, device="cpu", bf16=False)
     theta_p, theta_a, theta_h = model.split_parameters()
     inner = {**theta_a, **theta_h, **(theta_p if method == "maml" else {})}
     outer = {**theta_p, **theta_a, **(theta_h if method == "ft" else {})}
@@ -259,7 +249,7 @@ def test_a_primed_folder_loads_in_transformers_and_records_its_run(primed):
     text, original = "Delhi is a city .", AutoTokenizer.from_pretrained(HERE / "demo/encoder")
     assert AutoTokenizer.from_pretrained(primed)(text) == original(text)
     record = json.loads((primed / "priming.json").read_text())
-    assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2 and record["versions"]["torch"]
+    assert record["bottleneck"] == 8 and len(record["last_losses"]) == 2
     assert record["src"] == ["en", "es"] and record["types"] == TYPES
     assert {path.suffix for path in primed.iterdir()} == {".json", ".safetensors"}
 
@@ -268,7 +258,7 @@ def test_split_chooses_the_sentences_that_are_scored(table, tmp_path):
     """A test split with the validation split's sentences gets the score of the validation split."""
     shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi")
     shutil.copy("demo/wikiann/hi/validation.txt", tmp_path / "data/hi/test.txt")
-    flags = ["--tgt", "hi", "--load", table[4][0] / "tuned/hi-1", "--results", tmp_path / "r"]
+    flags = ["--tgt", "hi", "--init", table[4][0] / "primed", "--epochs", 5, "--results", tmp_path / "r"]
     command("finetune.py", *flags, "--data", "demo/wikiann", "--split", "validation")
     command("finetune.py", *flags, "--data", tmp_path / "data")
     command("finetune.py", *flags, "--data", "demo/wikiann")

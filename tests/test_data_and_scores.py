@@ -1,6 +1,5 @@
-"""Data in each supported layout, its split into word pieces, and the field's usual score."""
+"""Data in text files and on the hub, its split into word pieces, and the field's usual score."""
 
-import os
 import random
 import re
 
@@ -15,7 +14,7 @@ import finetune
 from conftest import DEMO, HERE, SLOW_PRIMING, TAGS, TYPES, command, random_encoder, read_results, tensors
 
 WORDS = datasets.List(datasets.Value("string"))
-STRING, TAG_NAMES = datasets.Value("string"), datasets.ClassLabel(names=TAGS)
+STRING = datasets.Value("string")
 COLUMNS = ("tokens", "ner_tags")
 
 
@@ -26,12 +25,25 @@ def write_text(data, text, name="train.txt"):
     return str(data)
 
 
-def write_parquet(data, words, tags, tag_type, name="train-00000-of-00001.parquet", columns=COLUMNS):
-    features = datasets.Features(dict(zip(columns, (WORDS, datasets.List(tag_type)))))
-    (data / "hi").mkdir(parents=True, exist_ok=True)
-    table = datasets.Dataset.from_dict(dict(zip(columns, (words, tags))), features=features)
-    table.to_parquet(str(data / "hi" / name))
-    return str(data)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts rows into the cache of `datasets`, because the tests are offline, and reads them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+
+    def read_from_hub(words, tags, tag_type, columns=COLUMNS):
+        features = datasets.Features(dict(zip(columns, (WORDS, datasets.List(tag_type)))))
+        cache = tmp_path / "unimelb-nlp___wikiann/hi/0.0.0/revision"
+        cache.mkdir(parents=True)
+        split = {"name": "train", "num_examples": len(words), "dataset_name": "wikiann"}
+        info = datasets.DatasetInfo(features=features, config_name="hi", splits={"train": split})
+        info.write_to_directory(cache)
+        table = datasets.Dataset.from_dict(dict(zip(columns, (words, tags))), features=features)
+        with ArrowWriter(path=str(cache / "wikiann-train.arrow"), features=features) as writer:
+            writer.write_table(table.data.table)
+            writer.finalize()
+        return read("unimelb-nlp/wikiann")
+
+    return read_from_hub
 
 
 def read(data, split="train", language="hi"):
@@ -41,42 +53,26 @@ def read(data, split="train", language="hi"):
 # ---- layouts ----
 
 
-def test_data_layouts_load_the_same_sentences(tmp_path):
-    for split, archive in (("train", "train"), ("validation", "dev"), ("test", "test")):
+def test_columns_and_separators_do_not_change_the_sentences(tmp_path):
+    for split in ("train", "validation", "test"):
         text = (HERE / "demo/wikiann/hi" / f"{split}.txt").read_text(encoding="utf-8")
         blocks = [block.split("\n") for block in text.strip("\n").split("\n\n")]
         words, tags = ([[line.split("\t")[k] for line in block] for block in blocks] for k in (0, 1))
         numbers = [[TAGS.index(tag) for tag in sentence] for sentence in tags]
-        prefixed = ["\n".join(f"hi:{w}\t{t}" for w, t in zip(*pair)) for pair in zip(words, tags)]
         columns = ["\n".join(f"{w} NNP I-NP {t}" for w, t in zip(*pair)) for pair in zip(words, tags)]
-        data = [
-            "demo/wikiann",
-            write_text(tmp_path / "rahimi", "\n\n".join(prefixed) + "\n", archive),
-            write_text(tmp_path / "prefixed", "\n\n".join(prefixed) + "\n", f"{split}.txt"),
-            write_text(tmp_path / "conll", "-DOCSTART- -X- O O\n\n" + "\n\n".join(columns), f"{archive}.txt"),
-            write_parquet(tmp_path / "hub", words, numbers, TAG_NAMES, f"{split}-00000-of-00001.parquet"),
-            write_parquet(tmp_path / "strings", words, tags, STRING, f"{split}.parquet"),
-            write_parquet(tmp_path / "shards", words[:9], tags[:9], STRING, f"{split}-00000-of-00002.parquet"),
-            write_parquet(tmp_path / "shards", words[9:], tags[9:], STRING, f"{split}-00001-of-00002.parquet"),
-        ]
-        for folder in data:
+        conll = write_text(tmp_path, "-DOCSTART- -X- O O\n\n" + "\n\n".join(columns), f"{split}.txt")
+        for folder in ("demo/wikiann", conll):
             assert read(folder, split) == list(zip(words, numbers)), folder
 
 
-def test_a_hub_name_is_read_by_datasets(tmp_path, monkeypatch):
-    """From the cache of `datasets`, because the tests are offline. The dataset's own features name the tags."""
-    features = datasets.Features(
-        tokens=WORDS, ner_tags=datasets.List(datasets.ClassLabel(names=["B-LOC", "I-LOC", "O"])))
-    columns = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 1], [2]]}
-    cache = tmp_path / "unimelb-nlp___wikiann/hi/0.0.0/revision"
-    cache.mkdir(parents=True)
-    split = {"name": "train", "num_examples": 2, "dataset_name": "wikiann"}
-    datasets.DatasetInfo(features=features, config_name="hi", splits={"train": split}).write_to_directory(cache)
-    with ArrowWriter(path=str(cache / "wikiann-train.arrow"), features=features) as writer:
-        writer.write_table(datasets.Dataset.from_dict(columns, features=features).data.table)
-        writer.finalize()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    assert read("unimelb-nlp/wikiann") == [(["a", "b"], [5, 6]), (["c"], [0])]
+def test_a_hub_name_is_read_by_datasets(hub):
+    """The dataset's own features name the tags."""
+    names = datasets.ClassLabel(names=["B-LOC", "I-LOC", "O"])
+    assert hub([["a", "b"], ["c"]], [[0, 1], [2]], names) == [(["a", "b"], [5, 6]), (["c"], [0])]
+
+
+def test_tags_on_the_hub_may_be_strings(hub):
+    assert hub([["a", "b"], ["c"]], [["B-LOC", "I-LOC"], ["O"]], STRING) == [(["a", "b"], [5, 6]), (["c"], [0])]
 
 
 @pytest.mark.parametrize(
@@ -94,27 +90,10 @@ def test_a_hub_name_is_read_by_datasets(tmp_path, monkeypatch):
         "a\tO\nb\tB-LOC\n-DOCSTART-\nc\tO\n",
         "\ufeffa\tO\nb\tB-LOC\n\nc\tO\n",
         "a\tO  \nb\tB-LOC\t\n \t \nc\tO \r\n",
-        "hi:a\tO\nhi:b\tB-LOC\n\nhi:c\tO\n",
     ],
 )
 def test_common_text_formats_are_read(text, tmp_path):
     assert read(write_text(tmp_path, text)) == [(["a", "b"], [0, 5]), (["c"], [0])]
-
-
-def test_dev_txt_is_the_validation_split(tmp_path):
-    write_text(tmp_path, "a\tO\n", "dev.txt")
-    write_text(tmp_path, "b\tO\n", "test.txt")
-    assert read(tmp_path, "validation") == [(["a"], [0])] and read(tmp_path, "test") == [(["b"], [0])]
-
-
-def test_a_prefix_is_removed_only_if_every_word_has_it(tmp_path):
-    assert read(write_text(tmp_path, "hi:a\tO\nb\tO\n")) == [(["hi:a", "b"], [0, 0])]
-    assert read(write_text(tmp_path, "hi\tO\nhi:hi:a\tO\n")) == [(["hi", "hi:hi:a"], [0, 0])]
-
-
-def test_an_archive_file_needs_the_prefix(tmp_path):
-    with pytest.raises(adapters.UserError, match="train:2: expected hi:word and tag, .*, found 'b' 'O'"):
-        read(write_text(tmp_path, "hi:a\tO\nb\tO\n", "train"))
 
 
 def test_only_ascii_blanks_separate_columns_and_only_in_a_file_without_tabs(tmp_path):
@@ -177,63 +156,30 @@ def test_a_language_that_is_a_path_is_refused(language, tmp_path):
 
 
 def test_a_missing_split_is_reported_with_the_files_expected_and_found(tmp_path):
-    write_text(tmp_path, "a\tO\n", "test.txt")
-    message = f"{tmp_path}/hi: expected train.txt, train.parquet or all train-*-of-*.parquet, found ['test.txt']"
-    with pytest.raises(adapters.UserError, match=re.escape(message)):
-        read(tmp_path)
-    with pytest.raises(adapters.UserError, match=re.escape(f"{tmp_path}/af: ") + r".*found \['hi'\]"):
+    for name in ("test.txt", "dev.txt", "train-00000-of-00001.parquet", "train"):
+        write_text(tmp_path, "a\tO\n", name)
+    found = "['dev.txt', 'test.txt', 'train', 'train-00000-of-00001.parquet']"
+    for split in ("train", "validation"):
+        with pytest.raises(adapters.UserError, match=re.escape(f"{tmp_path}/hi: expected hi/{split}.txt, found {found}")):
+            read(tmp_path, split)
+    with pytest.raises(adapters.UserError, match=re.escape(f"{tmp_path}: expected af/train.txt, found ['hi']")):
         read(tmp_path, language="af")
 
 
-def test_integer_tags_without_names_are_refused(tmp_path):
-    data = write_parquet(tmp_path, [["a"]], [[5]], datasets.Value("int64"))
-    with pytest.raises(adapters.UserError, match="train row 1: expected word and tag, one of O B-PER .*found 'a' '5'"):
-        read(data)
-
-
-def test_tag_names_in_another_order_keep_their_meaning(tmp_path):
-    names = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER", "B-ORG", "I-ORG"]
-    data = write_parquet(tmp_path, [["a", "b"]], [[1, 3]], datasets.ClassLabel(names=names))
-    assert read(data) == [(["a", "b"], [5, 1])]
+def test_integer_tags_without_names_are_refused(hub):
+    with pytest.raises(adapters.UserError, match="train row 1: expected word and tag, one of O B-PER .*found 'a' 5"):
+        hub([["a"]], [[5]], datasets.Value("int64"))
 
 
 @pytest.mark.parametrize("columns", [("words", "ner_tags"), ("tokens", "tags")])
-def test_wrong_columns_are_reported_with_the_columns_found(columns, tmp_path):
-    data = write_parquet(tmp_path, [["a"]], [["O"]], STRING, columns=columns)
-    message = f"Current columns in the dataset: {[*columns]}"
-    with pytest.raises(adapters.UserError, match=re.escape(message)):
-        read(data)
+def test_wrong_columns_are_reported_with_the_columns_found(columns, hub):
+    with pytest.raises(adapters.UserError, match=re.escape(f"Current columns in the dataset: {[*columns]}")):
+        hub([["a"]], [["O"]], STRING, columns)
 
 
-def test_a_missing_word_or_tag_is_reported_with_its_row(tmp_path):
-    data = write_parquet(tmp_path, [["a"], [None]], [["O"], ["O"]], STRING)
-    with pytest.raises(adapters.UserError, match="train row 2: expected word and tag, .*found 'None' 'O'"):
-        read(data)
-    data = write_parquet(tmp_path, [["a"], ["a", "b"]], [["O"], ["O"]], STRING)
-    with pytest.raises(adapters.UserError, match="train row 2: expected as many words as tags"):
-        read(data)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["train-00000-of-00002"], ["train-00000-of-00003", "train-00002-of-00003"],
-        ["train", "train-00000-of-00001"], ["train-00000-of-00001", "train-00000-of-00002"],
-    ],
-)
-def test_a_missing_or_duplicate_parquet_file_is_reported(names, tmp_path):
-    for name in names:
-        write_parquet(tmp_path, [["a"]], [["O"]], STRING, f"{name}.parquet")
-    with pytest.raises(adapters.UserError, match=f"{tmp_path}/hi: expected .* or all train-.*, found .*{names[0]}.parquet"):
-        read(tmp_path)
-
-
-def test_a_parquet_file_rewritten_with_its_old_modification_time_gives_the_new_rows(tmp_path):
-    file = tmp_path / "hi/train.parquet"
-    for word in ("a", "b"):
-        write_parquet(tmp_path, [[word]], [["O"]], STRING, file.name)
-        os.utime(file, (1_700_000_000, 1_700_000_000))
-        assert read(tmp_path) == [([word], [0])]
+def test_a_missing_word_is_reported_with_its_row(hub):
+    with pytest.raises(adapters.UserError, match="train row 2: expected word and tag, .*found None 'O'"):
+        hub([["a"], [None]], [["O"], ["O"]], STRING)
 
 
 # ---- words and word pieces ----
@@ -280,7 +226,7 @@ def test_truncated_words_count_as_o_and_are_reported(demo, capsys):
     tagged.append((["a"] * 5 + ["b"], [0] * 5 + [1]))
     sentences = adapters.tokenize(tagged, demo[1], 7)  # five words, [CLS] and [SEP]
     message = capsys.readouterr().err
-    assert message.startswith("2 of 14 words, in 2 sentences") and "--max-length 7" in message
+    assert message.startswith("2 of 14 words have no word piece") and "--max-length 7" in message
     kept = [tag for s in sentences for start, tag in zip(s.word_starts, s.tags) if start >= 0]
     metrics = finetune.evaluate(Predictor(kept), sentences, TAGS)
     # true: PER ORG LOC | LOC | PER; predicted: PER ORG LOC(e) | LOC

@@ -7,11 +7,14 @@ import signal
 
 import pytest
 from conftest import (
-    DEMO, FROM_PRETRAINED, HINDI, SMALL_PRIMING, SMALL_TUNING, TUNING, command, edit_json, moved,
-    read_results, run_process, snapshot, start_process, tensors,
+    DEMO, FROM_PRETRAINED, HINDI, SMALL_PRIMING, SMALL_TUNING, TAGS, TUNING, TYPES, command, edit_json,
+    moved, read_results, run_process, score_saved, snapshot, start_process, tensors,
 )
 from safetensors.torch import save_file
 from test_long_runs import killed_before_replacement, primed_bytes
+
+import adapters
+import finetune
 
 
 def change_one_weight(encoder, by=1e-3):
@@ -20,81 +23,63 @@ def change_one_weight(encoder, by=1e-3):
     save_file(weights, encoder / "model.safetensors", {"format": "pt"})
 
 
-# ---- --save and --load ----
+# ---- --save and load_tagger ----
 
 
 @pytest.mark.parametrize("row", [1, 2, 4])
 def test_a_saved_model_scores_the_same_without_training_data(row, table, tmp_path):
     folder, _ = table[row]
-    shutil.copytree("demo/wikiann/hi", tmp_path / "data/hi", ignore=shutil.ignore_patterns("train.txt"))
-    flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / "again"]
-    command("finetune.py", "--tgt", "hi", "--data", tmp_path / "data", *flags)
-    (again,), (_, trained) = read_results(tmp_path / "again"), read_results(folder / "results")
-    same = ("f1", "precision", "recall", "updated", "share", "tune", "pe", "bottleneck", "types", "seed")
-    assert {name: again[name] for name in same} == {name: trained[name] for name in same}
-
-
-def test_a_score_of_a_loaded_model_records_the_same_priming_as_its_training(table, tmp_path):
-    for row in (1, 4):
-        folder, _ = table[row]
-        flags = ["--limit-test", 30, "--load", folder / "tuned/hi-1", "--results", tmp_path / str(row)]
-        command("finetune.py", *HINDI, *flags)
-        (again,), (_, trained) = read_results(tmp_path / str(row)), read_results(folder / "results")
-        assert again["priming"] == trained["priming"]
+    shutil.copytree("demo/wikiann/hi", tmp_path / "hi", ignore=shutil.ignore_patterns("train.txt"))
+    _, trained = read_results(folder / "results")
+    assert score_saved(folder / "tuned/hi-1", data=tmp_path, limit=30) == trained["f1"]
+    model, tokenizer, tags = finetune.load_tagger(folder / "tuned/hi-1")
+    assert tags == TAGS and tokenizer.model_max_length == trained["max_length"]
+    assert model.pe == {1: None, 2: None, 4: "adapter"}[row] and not model.training
 
 
 @pytest.fixture
 def moved_together(table, tmp_path):
     """A copy of a primed folder and of the models tuned on it, in the same arrangement, while the originals
-    are elsewhere; and flags."""
+    are elsewhere."""
     shutil.copytree(table[4][0], tmp_path / "new")
     original = table[4][0].rename(table[4][0].with_name("away"))
-    yield tmp_path / "new", [*HINDI, "--limit-test", 30, "--results", tmp_path / "again"]
+    yield tmp_path / "new"
     original.rename(table[4][0])
 
 
-def test_a_saved_model_finds_its_encoder_after_both_were_moved(moved_together, table, tmp_path):
-    folder, flags = moved_together
-    command("finetune.py", *flags, "--load", folder / "tuned/hi-0")
-    f1 = read_results(folder / "results")[0]["f1"]
-    (folder / "tuned").rename(tmp_path / "tuned")
-    (line,) = command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", status=2).stderr.splitlines()
-    assert "primed" in line
-    command("finetune.py", *flags, "--load", tmp_path / "tuned/hi-0", "--init", folder / "primed")
-    assert {record["f1"] for record in read_results(tmp_path / "again")} == {f1}
+def test_a_saved_model_finds_its_encoder_after_both_were_moved(moved_together, tmp_path):
+    f1 = read_results(moved_together / "results")[0]["f1"]
+    assert score_saved(moved_together / "tuned/hi-0", limit=30) == f1
+    (moved_together / "tuned").rename(tmp_path / "tuned")
+    with pytest.raises(adapters.UserError, match="primed"):
+        finetune.load_tagger(tmp_path / "tuned/hi-0")
+    assert score_saved(tmp_path / "tuned/hi-0", limit=30, base=str(moved_together / "primed")) == f1
 
 
-def test_a_saved_model_is_refused_on_another_encoder(table, moved_together, tmp_path):
-    folder, flags = moved_together
-    load = ["--load", folder / "tuned/hi-0"]
-    other = ["--init", table[7][0] / "primed"]
-    (line,) = command("finetune.py", *flags, *load, *other, status=2).stderr.splitlines()
-    assert f"{other[1]} is not the encoder that {load[1]} was tuned on" in line and "--init" in line
-    change_one_weight(folder / "primed")
-    (line,) = command("finetune.py", *flags, *load, status=2).stderr.splitlines()
-    assert f"is not the encoder that {load[1]} was tuned on" in line and not (tmp_path / "again").exists()
+def test_a_saved_model_is_refused_on_another_encoder(table, moved_together):
+    tuned, other = moved_together / "tuned/hi-0", str(table[7][0] / "primed")
+    with pytest.raises(adapters.UserError, match=f"{other} is not the encoder that {tuned} was tuned on"):
+        finetune.load_tagger(tuned, other)
+    change_one_weight(moved_together / "primed")
+    with pytest.raises(adapters.UserError, match=f"is not the encoder that {tuned} was tuned on"):
+        finetune.load_tagger(tuned)
 
 
 @pytest.mark.parametrize(
-    "flags", [["--model", "demo"], ["--pe", "bitfit"], ["--bottleneck", 9]], ids=lambda flags: flags[0]
-)
-def test_flags_that_contradict_a_folder_are_refused(flags, table, primed, tmp_path):
-    for folder in (["--init", primed], ["--load", table[4][0] / "tuned/hi-0"]):
-        done = command("finetune.py", *HINDI, *folder, *flags, "--results", tmp_path / "r", status=2)
-        (line,) = done.stderr.splitlines()
-        value = {"--model": "demo/encoder", "--pe": "adapter", "--bottleneck": "8"}[flags[0]]
-        assert f"{flags[0]} {flags[1]}: {folder[1]}" in line and line.endswith(value)
-        assert not list(tmp_path.iterdir())
+    "flag, value", [("--model", "demo"), ("--pe", "bitfit"), ("--bottleneck", 9), ("--types", "PER")])
+def test_flags_that_contradict_a_primed_folder_are_refused(flag, value, primed, tmp_path):
+    done = command("finetune.py", *HINDI, "--init", primed, flag, value, "--results", tmp_path / "r", status=2)
+    (line,) = done.stderr.splitlines()
+    saved = {"--model": "demo/encoder", "--pe": "adapter", "--bottleneck": 8, "--types": TYPES}[flag]
+    given = [value] if flag == "--types" else value
+    assert line == f"finetune.py: {flag} {given}: {primed} has {saved}" and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "flags", [["--types", "PER"], ["--tune", "full"], ["--max-length", 20], ["--seeds", 5], ["--bf16"]],
-    ids=lambda flags: flags[0],
-)
-def test_a_saved_model_keeps_its_settings(flags, table, tmp_path):
-    load = ["--load", table[4][0] / "tuned/hi-0", "--results", tmp_path / "r"]
-    (line,) = command("finetune.py", *HINDI, *load, *flags, status=2).stderr.splitlines()
-    assert f"finetune.py: {flags[0]} " in line and not list(tmp_path.iterdir())
+def test_settings_come_from_the_primed_folder_and_without_one_from_prime_pys_defaults(table):
+    for row, bottleneck in ((4, 8), (2, 64)):
+        record = read_results(table[row][0] / "results")[0]
+        settings = [record[name] for name in ("model", "pe", "bottleneck", "types")]
+        assert settings == ["demo/encoder", "adapter", bottleneck, TYPES]
 
 
 # ---- one folder, one run ----
@@ -103,11 +88,11 @@ def test_a_saved_model_keeps_its_settings(flags, table, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--inner-lr", 0.3], "--inner-lr 0.03 (now 0.3)"), (["--steps", 13], "--steps 12 (now 13)"),
-        (["--seed", 1], "--seed 0 (now 1)"), (["--src", "es", "en"], "--src ['en', 'es'] (now ['es', 'en'])"),
-        (["--bf16"], "--bf16 False (now True)"), (["--second-order"], "--second-order False (now True)"),
-        (["--types", "PER", "ORG", "LOC", "MISC"], "--types ['PER', 'ORG', 'LOC'] (now ["),
-        ("sentences", "other sentences"), ("weights", "other weights"), ("configuration", "other configuration"),
+        (["--inner-lr", 0.3], "inner-lr 0.03 (now 0.3)"), (["--steps", 13], "steps 12 (now 13)"),
+        (["--seed", 1], "seed 0 (now 1)"), (["--src", "es", "en"], "src ['en', 'es'] (now ['es', 'en'])"),
+        (["--bf16"], "bf16 False (now True)"),
+        (["--types", "PER", "ORG", "LOC", "MISC"], "types ['PER', 'ORG', 'LOC'] (now ["),
+        ("sentences", "sentences "), ("weights", "weights "), ("configuration", "configuration "),
     ],
     ids=str,
 )
@@ -163,7 +148,7 @@ def test_the_same_commands_again_change_nothing_and_print_the_scores_again(table
     again = command("finetune.py", *HINDI, *SMALL_TUNING, "--init", primed, *outputs).stdout
     assert again.replace(" (done before)", "").split() == stdout.split()
     assert again.count("done before") == 2
-    assert "--seed 0 (now 3)" in command("prime.py", *flags, "--seed", 3, status=2).stderr
+    assert "holds a run with seed 0 (now 3)" in command("prime.py", *flags, "--seed", 3, status=2).stderr
     assert snapshot(folder) == before
 
 
@@ -208,13 +193,15 @@ def test_save_works_after_a_run_without_it(tmp_path):
     assert "done before" in command("finetune.py", *flags, "--save", tmp_path / "tuned").stdout
 
 
-def test_a_score_of_a_loaded_model_does_not_count_as_training(table, tmp_path):
-    flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", tmp_path / "r"]
-    load = ["--load", table[3][0] / "tuned/hi-0", "--limit-test", 30, "--results", tmp_path / "r"]
-    command("finetune.py", *HINDI, *load)
-    assert "done before" not in command("finetune.py", *flags).stdout
-    assert len(read_results(tmp_path / "r")) == 2
-    assert "done before" in command("finetune.py", *HINDI, *load).stdout
+def test_save_into_a_folder_of_something_else_is_refused_before_training(tmp_path):
+    (tmp_path / "tuned/hi-1").mkdir(parents=True)
+    (tmp_path / "tuned/hi-1/mine.txt").write_text("mine")
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--seeds", 0, 1, "--results", tmp_path / "r"]
+    done = command("finetune.py", *flags, "--save", tmp_path / "tuned", status=2)
+    (line,) = done.stderr.splitlines()
+    assert f"{tmp_path}/tuned/hi-1 holds other files: choose another folder" in line
+    assert done.stdout == "" and not read_results(tmp_path / "r")
+    assert [path.name for path in (tmp_path / "tuned/hi-1").iterdir()] == ["mine.txt"]
 
 
 # ---- fine-tuning in several processes, killed ----
@@ -237,17 +224,21 @@ def test_two_commands_share_a_results_folder_and_repeating_them_skips_what_is_do
     assert [line.split()[-1] for line in done.stdout.splitlines()[-2:]] == ["5", "5"]  # seeds in the table
 
 
-def killed_before_the_tuned_folder_gets_its_name():
+def killed_before_the_tuned_weights_get_their_name():
     killed_before_replacement(1)
 
 
-def killed_before_the_result_gets_its_name():
+def killed_before_the_record_that_completes_the_folder():
     killed_before_replacement(2)
+
+
+def killed_before_the_result_gets_its_name():
+    killed_before_replacement(3)
 
 
 @pytest.mark.parametrize(
     "fault",
-    [killed_before_the_tuned_folder_gets_its_name,
+    [killed_before_the_tuned_weights_get_their_name, killed_before_the_record_that_completes_the_folder,
      killed_before_the_result_gets_its_name],
 )
 def test_the_same_command_completes_fine_tuning_killed_at_the_worst_moment(fault, table, tmp_path):
