@@ -188,7 +188,7 @@ def test_an_mlp_that_is_primed_for_sine_waves_fits_new_ones_in_100_steps():
 def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tuned, tmp_path, monkeypatch):
     readme = (HERE / "examples/README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (code,) = [block for block in blocks if "load_tagger" in block]
+    serving, scoring = [block for block in blocks if "load_tagger" in block]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tuned").mkdir()
     for i, language in enumerate(("hi", "nl")):
@@ -196,9 +196,12 @@ def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tun
                 "--model", HERE / "demo/encoder", "--seeds", i, "--save", tmp_path / "all", "--results", tmp_path / "r")
         (tmp_path / f"all/{language}-{i}").rename(tmp_path / f"tuned/{language}-0")
     scope = {}
-    exec(code, scope)
+    exec(serving, scope)
     assert scope["taggers"].keys() == {"hi-0", "nl-0"}
     for name, tagger in scope["taggers"].items():
         assert tagger.encoder is scope["first"].encoder
         alone, _, tags = finetune.load_tagger(tmp_path / "tuned" / name)
         assert finetune.predict(tagger, scope["sentences"], tags) == finetune.predict(alone, scope["sentences"], tags)
+    data, printed = str(HERE / "demo/wikiann"), []
+    exec(scoring.replace('"DATA"', repr(data)), {"print": printed.append})
+    assert printed[0]["f1"] == score_saved(tmp_path / "tuned/hi-0", "validation", data)
