@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -231,7 +232,7 @@ def expect(condition: Any, message: str) -> None:
 
 @contextmanager
 def error_context(source: str) -> Iterator[None]:
-    """Re-raises an exception of a library, called in the block, as UserError that names `source`."""
+    """Re-raises an exception of a library, called in the block, as UserError, with `source`."""
     try:
         yield
     except Exception as error:
@@ -255,6 +256,7 @@ def claim(folder: Path, settings: dict) -> None:
     expect(ours, f"{folder} holds other files: choose another folder")
     with suppress(FileExistsError), open(path, "x") as file:
         file.write(json.dumps(settings, indent=2))
+    time.sleep(0.1)  # another run may be writing it
     read_record(path, settings)
 
 def read_record(path: Path, settings: dict | None = None) -> dict:
@@ -263,7 +265,7 @@ def read_record(path: Path, settings: dict | None = None) -> dict:
     with error_context(f"{path}: expected the record of a run"):
         record = dict(json.loads(path.read_bytes()))
         same = settings or record["files"] == file_checksums(path.parent)
-    expect(same, f"{path.parent}: a weights file is missing or not the one that {path.name} names")
+    expect(same, f"{path.parent}: a weights file is missing or not that of {path.name}")
     for name, now in (settings or {}).items():
         found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
         expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")

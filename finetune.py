@@ -10,7 +10,6 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pandas
 import torch
@@ -118,7 +117,7 @@ def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list
             runs.append((run, result, folder, *sentences))
     return runs
 
-def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple[Tagger, Any, list]:
+def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
     has been moved to. Raises UserError if that is another encoder."""
     folder = Path(folder)

@@ -182,7 +182,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
             require((p in optimized) == held, expected)
             seen.add(p)
     extra = [tuple(p.shape) for p in optimized if p.requires_grad and p not in seen]
-    require(not extra, f"the optimizer holds parameters that are in no set, of shapes {extra}")
+    require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, name):
     """Raises ValueError if a set has gradients, by name, and all of them are None."""
@@ -250,8 +250,7 @@ def main() -> None:
     movable = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in movable}
     settings |= adapters.fingerprint(encoder, corpora)
-    shape = args.types, args.pe, args.bottleneck, args.device, args.bf16
-    model = adapters.build_tagger(encoder, *shape)
+    model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16)
     adapters.claim(args.output, settings)
     if (args.output / "priming.json").exists() and adapters.read_record(args.output / "priming.json"):
         return print(f"{args.output} is complete")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -111,7 +112,8 @@ def read_results(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def score_distinct(tuned: Path, data: Path, results: Path) -> None:
     """Scores a model on the test sentences that `write_distinct` wrote, and writes a record."""
-    model, tokenizer, tags = finetune.load_tagger(tuned)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # finetune.py's default
+    model, tokenizer, tags = finetune.load_tagger(tuned, device=device)
     record = adapters.read_record(tuned / "tuned.json")
     sentences = adapters.load_sentences(
         str(data), record["target"], "test", tokenizer, TYPES, record["max_length"])

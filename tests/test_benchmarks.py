@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, HERE, command, moved, random_encoder, read_results, save_encoder, tensors
+from conftest import (
+    DEMO, HERE, command, moved, needs_peft, random_encoder, read_results, save_encoder, tensors,
+)
 
 import ablate_new_heads
 import adapters
@@ -31,7 +33,8 @@ def cells_of(line):
 
 def test_shares_and_differences_of_differences_are_per_seed(tmp_path):
     """Two targets and three seeds, with every cell computed here."""
-    f1 = {"none": (20, 1), "full": (80, -1), "meta": (60, 2), "ft": (55, 0.5), "meta-1000": (70, 3), "ft-1000": (69, -2)}
+    f1 = {"none": (20, 1), "full": (80, -1), "meta": (60, 2), "ft": (55, 0.5), "meta-1000": (70, 3),
+          "ft-1000": (69, -2)}
     noise = {("nl", 0): 1.0, ("nl", 1): -2.0, ("nl", 2): 4.0, ("ru", 0): 0.5, ("ru", 1): 3.0, ("ru", 2): -1.0}
     values = {}
     for name, (mean, factor) in f1.items():
@@ -41,11 +44,13 @@ def test_shares_and_differences_of_differences_are_per_seed(tmp_path):
                     "seed": seed, "asked": 200, "target": target, "f1": values[name, target, seed]}
             report.append_line(tmp_path / "lines.jsonl", line)
     output = command("benchmarks/experiments.py", "--report", "--results", tmp_path / "lines.jsonl").stdout
-    rows = {tuple(cells_of(line)[:2]): cells_of(line)[2:] for line in output.splitlines() if line.startswith("| ")}
+    printed = [cells_of(line) for line in output.splitlines() if line.startswith("| ")]
+    rows = {tuple(row[:2]): row[2:] for row in printed}
 
     def over_seeds(function):
         """By target and for their mean, taken per seed: the values of function(F1 by priming) over seeds."""
-        columns = [[{name: values[name, target, seed] for name in f1} for seed in range(3)] for target in ("nl", "ru")]
+        columns = [[{name: values[name, target, seed] for name in f1} for seed in range(3)]
+                   for target in ("nl", "ru")]
         columns.append([{name: (a[name] + b[name]) / 2 for name in f1} for a, b in zip(*columns)])
         return [[function(seed, column) for seed in column] for column in columns]
 
@@ -69,7 +74,8 @@ def test_an_experiment_primes_once_and_never_repeats_a_result(tmp_path):
         calls.append((script, flags.get("--tgt"), flags.get("--limit-train")))
         folder = Path(flags.get("--output") or flags["--results"])
         folder.mkdir(parents=True)
-        record = dict.fromkeys(experiments.KEPT, 0) | {"target": flags.get("--tgt"), "split": flags.get("--split")}
+        record = dict.fromkeys(experiments.KEPT, 0)
+        record |= {"target": flags.get("--tgt"), "split": flags.get("--split")}
         (folder / "priming.json").write_text(json.dumps(record))
 
     options = {"model": "demo/encoder", "data": "demo/wikiann", "split": "test", "limit_test": 10,
@@ -83,12 +89,54 @@ def test_an_experiment_primes_once_and_never_repeats_a_result(tmp_path):
     assert all({"commit", "model_crc32", "data_crc32", "versions"} <= line.keys() for line in lines)
 
 
+@needs_peft
+def test_experiments_with_lora_are_run_by_lora_py_and_keep_its_score(tmp_path):
+    """Both of its commands run, on few sentences; the line has the score that `tune` prints."""
+    printed = []
+
+    def run(script, *flags):
+        small = {"prime": ["--steps", 1, "--support", 4], "tune": ["--epochs", 1, "--min-steps", 1]}
+        done = command(script, *flags, *small[flags[0]])
+        printed.append((script, flags[0], done.stdout))
+
+    options = {"model": "demo/encoder", "data": "demo/wikiann", "split": "validation", "limit_test": 30,
+               "more_tuning": [], "output": tmp_path / "out", "results": tmp_path / "lines.jsonl", "run": run}
+    for priming in ("lora-none", "lora-meta"):
+        experiments.run_experiments(priming, 3, targets=["hi"], sizes=[30], **options)
+    commands = [("examples/lora.py", name) for name in ("tune", "prime", "tune")]
+    assert [done[:2] for done in printed] == commands
+    lines = report.read_lines(tmp_path / "lines.jsonl")
+    assert [line["priming"] for line in lines] == ["lora-none", "lora-meta"]
+    for line, (_, _, stdout) in zip(lines, (printed[0], printed[2])):
+        assert f"hi seed 3: F1 {line['f1']:.2f} " in stdout
+        found = [line[name] for name in ("target", "seed", "split", "train_sentences", "test_sentences")]
+        assert found == ["hi", 3, "validation", 30, 30]
+
+
 # ---- other benchmarks ----
+
+
+def test_feature_scale_prints_alpha_times_the_mean_squared_norm_of_the_scaled_features():
+    """f(x) is taken here from the encoder itself, a sentence at a time."""
+    flags = ["--steps", 1, "--limit-train", 40]
+    output = command("benchmarks/feature_scale.py", *DEMO, *flags).stdout
+    _, *rows = [cells_of(line) for line in output.splitlines() if line.startswith("| ")]
+    encoder, tokenizer = adapters.load_encoder("demo/encoder", 128)
+    options = tokenizer, ["PER", "ORG", "LOC"], 128
+    sentences = adapters.load_sentences("demo/wikiann", "en", "train", *options, 40)
+    with torch.no_grad():
+        words = [encoder(torch.tensor([s.input_ids])).last_hidden_state[0, s.word_starts] for s in sentences]
+    square = torch.cat(words).square().sum(-1).mean().item()
+    assert len(rows) == 6 and {row[0] for row in rows} == {"1.00", "3.16", "0.32"}
+    for c, alpha, effect, *_ in rows:
+        factor = {"1.00": 1, "3.16": 10, "0.32": 0.1}[c]
+        assert float(effect) == pytest.approx(float(alpha) * factor * square, rel=1e-5, abs=0.006)
 
 
 def test_baseline_search_has_the_scores_of_finetune_py_and_repeats_no_try(tmp_path):
     """Whole epochs of 4 steps on 50 sentences: at least 30 steps are 8 epochs."""
-    flags = ["--language", "hi", "--sizes", 50, "--steps", 30, "--limit-test", 60, "--results", tmp_path / "lines.jsonl"]
+    flags = ["--language", "hi", "--sizes", 50, "--steps", 30, "--limit-test", 60]
+    flags += ["--results", tmp_path / "lines.jsonl"]
     output = command("benchmarks/baseline_search.py", *flags).stdout
     lines = report.read_lines(tmp_path / "lines.jsonl")
     assert len(lines) == 8 and {(line["epochs"], line["steps"]) for line in lines} == {(8, 32)}
@@ -96,9 +144,9 @@ def test_baseline_search_has_the_scores_of_finetune_py_and_repeats_no_try(tmp_pa
             for method in ("AT", "HT")}
     assert best["HT"]["f1"] > 0
     for method, tune in (("AT", "adapter"), ("HT", "head")):
-        command("finetune.py", "--tgt", "hi", "--init", "none", *DEMO, "--split", "validation", "--limit-train", 50,
-                "--limit-test", 60, "--tune", tune, "--lr", best[method]["lr"], "--epochs", 8,
-                "--results", tmp_path / method)
+        command("finetune.py", "--tgt", "hi", "--init", "none", *DEMO, "--split", "validation",
+                "--limit-train", 50, "--limit-test", 60, "--tune", tune, "--lr", best[method]["lr"],
+                "--epochs", 8, "--results", tmp_path / method)
         (record,) = read_results(tmp_path / method)
         assert record["f1"] == pytest.approx(best[method]["f1"])
         assert f"| `--lr {best[method]['lr']:g} --epochs 8` | {best[method]['f1']:.2f} |" in output
@@ -149,8 +197,10 @@ def test_the_inner_lr_sweep_reports_the_last_losses_of_its_runs(tmp_path):
     assert report.read_lines(results) == lines
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
     for picture in pictures:
-        output = command("benchmarks/inner_lr_sweep.py", "--report", "--results", results, "--picture", picture).stdout
-    assert pictures[0].read_bytes() == pictures[1].read_bytes() and "<!-- diverged -->" in pictures[0].read_text()
+        flags = ["--report", "--results", results, "--picture", picture]
+        output = command("benchmarks/inner_lr_sweep.py", *flags).stdout
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert "<!-- diverged -->" in pictures[0].read_text()
     head, ours, maml = [cells_of(line) for line in output.splitlines() if line.startswith("| ")]
     assert head[1:] == ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1"] and maml[-1] == "diverged"
     losses = json.loads((tmp_path / "meta-1e-1/priming.json").read_text())["last_losses"]
@@ -172,7 +222,8 @@ def test_table_1_is_that_of_its_runs(tmp_path, capsys):
     settings = table1.Settings(
         model="demo/encoder", data=str(tmp_path / "data"), src=["en", "es"], steps=2, outer_lr=5e-5,
         limit_train=100, limit_test=40, distinct=["hi"])
-    options = {"rows": [1, 3, 4, 5], "targets": ["hi", "af"], "seeds": [0, 1], "one_seed": [1], "output": tmp_path / "t"}
+    options = {"rows": [1, 3, 4, 5], "targets": ["hi", "af"], "seeds": [0, 1], "one_seed": [1],
+               "output": tmp_path / "t"}
     pictures, outputs = [tmp_path / "one.svg", tmp_path / "two.svg"], []
     for picture in pictures:
         records = table1.run_table(settings, **options, run=run)
@@ -207,9 +258,10 @@ def test_table_1_is_that_of_its_runs(tmp_path, capsys):
 def test_every_flag_of_every_script_has_a_help_text():
     flags = []
     for path in [*HERE.glob("benchmarks/*.py"), *HERE.glob("examples/*.py")]:
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-        for call in calls:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
             if name in ("add", "add_argument") and isinstance(call.args[0], ast.Constant):
-                flags.append((path.name, call.args[0].value, "help" in {keyword.arg for keyword in call.keywords}))
+                keywords = {keyword.arg for keyword in call.keywords}
+                flags.append((path.name, call.args[0].value, "help" in keywords))
     assert len(flags) > 60 and [flag for flag in flags if not flag[2]] == []

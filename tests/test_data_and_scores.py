@@ -16,6 +16,7 @@ from conftest import DEMO, HERE, SLOW_PRIMING, TAGS, TYPES, command, random_enco
 WORDS = datasets.List(datasets.Value("string"))
 STRING = datasets.Value("string")
 COLUMNS = ("tokens", "ner_tags")
+HUB_NAME = "unimelb-nlp/wikiann"
 
 
 def write_text(data, text, name="train.txt"):
@@ -25,24 +26,26 @@ def write_text(data, text, name="train.txt"):
     return str(data)
 
 
+def make_table(words, tags, tag_type, columns=COLUMNS):
+    features = datasets.Features(dict(zip(columns, (WORDS, datasets.List(tag_type)))))
+    return datasets.Dataset.from_dict(dict(zip(columns, (words, tags))), features=features)
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A function that puts rows into the cache of `datasets`, because the tests are offline, and reads them."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+def hub(monkeypatch):
+    """A function that puts rows on the hub and reads them. A stand-in for the network returns the rows, and
+    `hub.requests` lists what it was asked for."""
 
-    def read_from_hub(words, tags, tag_type, columns=COLUMNS):
-        features = datasets.Features(dict(zip(columns, (WORDS, datasets.List(tag_type)))))
-        cache = tmp_path / "unimelb-nlp___wikiann/hi/0.0.0/revision"
-        cache.mkdir(parents=True)
-        split = {"name": "train", "num_examples": len(words), "dataset_name": "wikiann"}
-        info = datasets.DatasetInfo(features=features, config_name="hi", splits={"train": split})
-        info.write_to_directory(cache)
-        table = datasets.Dataset.from_dict(dict(zip(columns, (words, tags))), features=features)
-        with ArrowWriter(path=str(cache / "wikiann-train.arrow"), features=features) as writer:
-            writer.write_table(table.data.table)
-            writer.finalize()
-        return read("unimelb-nlp/wikiann")
+    def load_dataset(name, language, *, split):
+        read_from_hub.requests.append((name, language, split))
+        return read_from_hub.table
 
+    def read_from_hub(*table, split="train", **options):
+        read_from_hub.table = make_table(*table, **options)
+        return read(HUB_NAME, split)
+
+    read_from_hub.requests = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return read_from_hub
 
 
@@ -65,10 +68,29 @@ def test_columns_and_separators_do_not_change_the_sentences(tmp_path):
             assert read(folder, split) == list(zip(words, numbers)), folder
 
 
-def test_a_hub_name_is_read_by_datasets(hub):
-    """The dataset's own features name the tags."""
-    names = datasets.ClassLabel(names=["B-LOC", "I-LOC", "O"])
-    assert hub([["a", "b"], ["c"]], [[0, 1], [2]], names) == [(["a", "b"], [5, 6]), (["c"], [0])]
+def test_a_hub_name_is_read_by_datasets(tmp_path, monkeypatch):
+    """From the cache of `datasets`, because the tests are offline. Its own features name the tags."""
+    table = make_table([["a", "b"], ["c"]], [[0, 1], [2]], datasets.ClassLabel(names=["B-LOC", "I-LOC", "O"]))
+    cache = tmp_path / "unimelb-nlp___wikiann/hi/0.0.0/revision"
+    cache.mkdir(parents=True)
+    split = {"name": "train", "num_examples": 2, "dataset_name": "wikiann"}
+    info = datasets.DatasetInfo(features=table.features, config_name="hi", splits={"train": split})
+    info.write_to_directory(cache)
+    with ArrowWriter(path=str(cache / "wikiann-train.arrow"), features=table.features) as writer:
+        writer.write_table(table.data.table)
+        writer.finalize()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    assert read(HUB_NAME) == [(["a", "b"], [5, 6]), (["c"], [0])]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_tag_names_in_another_order_keep_their_meaning(split, hub):
+    """The hub is asked once, for the language and the split."""
+    names = ["B-LOC", "I-LOC", "O", "B-PER", "I-PER", "B-ORG", "I-ORG"]
+    words, tags = [["a", "b"], ["c", "d"]], [[0, 1], [2, 3]]
+    expected = [(["a", "b"], [5, 6]), (["c", "d"], [0, 1])]
+    assert hub(words, tags, datasets.ClassLabel(names=names), split=split) == expected
+    assert hub.requests == [(HUB_NAME, "hi", split)]
 
 
 def test_tags_on_the_hub_may_be_strings(hub):
@@ -155,26 +177,37 @@ def test_a_language_that_is_a_path_is_refused(language, tmp_path):
         read(tmp_path, language=language)
 
 
-def test_a_missing_split_is_reported_with_the_files_expected_and_found(tmp_path):
-    for name in ("test.txt", "dev.txt", "train-00000-of-00001.parquet", "train"):
+SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("files", [SHARDS, ["dev.txt"], ["train"], ["dev.txt", "test.txt", "train", *SHARDS]])
+def test_a_folder_without_the_text_file_is_refused_with_files_expected_and_found(files, split, tmp_path, hub):
+    """The hub is not asked. The shards are files that `datasets` could read."""
+    for name in files:
         write_text(tmp_path, "a\tO\n", name)
-    found = "['dev.txt', 'test.txt', 'train', 'train-00000-of-00001.parquet']"
-    for split in ("train", "validation"):
-        with pytest.raises(adapters.UserError, match=re.escape(f"{tmp_path}/hi: expected hi/{split}.txt, found {found}")):
-            read(tmp_path, split)
-    with pytest.raises(adapters.UserError, match=re.escape(f"{tmp_path}: expected af/train.txt, found ['hi']")):
-        read(tmp_path, language="af")
+        if name in SHARDS:
+            make_table([["a"]], [["O"]], STRING).to_parquet(str(tmp_path / "hi" / name))
+    for language, folder, found in (("hi", tmp_path / "hi", files), ("af", tmp_path, ["hi"])):
+        message = f"{folder}: expected {language}/{split}.txt, found {found}"
+        with pytest.raises(adapters.UserError, match=f"^{re.escape(message)}$"):
+            read(tmp_path, split, language)
+    assert not hub.requests
 
 
-def test_integer_tags_without_names_are_refused(hub):
-    with pytest.raises(adapters.UserError, match="train row 1: expected word and tag, one of O B-PER .*found 'a' 5"):
-        hub([["a"]], [[5]], datasets.Value("int64"))
+@pytest.mark.parametrize("tag", [0, 5])
+def test_integer_tags_without_names_are_refused(tag, hub):
+    message = f"^{HUB_NAME}, hi train row 1: expected word and tag, one of O B-PER .*found 'a' {tag}$"
+    with pytest.raises(adapters.UserError, match=message):
+        hub([["a"]], [[tag]], datasets.Value("int64"))
 
 
-@pytest.mark.parametrize("columns", [("words", "ner_tags"), ("tokens", "tags")])
-def test_wrong_columns_are_reported_with_the_columns_found(columns, hub):
-    with pytest.raises(adapters.UserError, match=re.escape(f"Current columns in the dataset: {[*columns]}")):
-        hub([["a"]], [["O"]], STRING, columns)
+@pytest.mark.parametrize(
+    "columns, missing", [(("words", "ner_tags"), "tokens"), (("tokens", "tags"), "ner_tags")])
+def test_missing_columns_are_named_with_the_columns_found(columns, missing, hub):
+    message = f"Column name ['{missing}'] not in the dataset. Current columns in the dataset: {[*columns]}"
+    with pytest.raises(adapters.UserError, match=f"^--data {HUB_NAME}, hi train: .*{re.escape(message)}"):
+        hub([["a"]], [["O"]], STRING, columns=columns)
 
 
 def test_a_missing_word_is_reported_with_its_row(hub):

@@ -15,7 +15,8 @@ from conftest import (
 import adapters
 import finetune
 
-TEXT = "Delhi is a city .\n\n  zxq\u0301 \U0001f600 दिल्ली\tम\u200dें \n\t \nNew\u00a0Delhi and\u3000so\u2028on\r\nDelhi\n"
+TEXT = ("Delhi is a city .\n\n  zxq\u0301 \U0001f600 दिल्ली\tम\u200dें \n\t \n"
+        "New\u00a0Delhi and\u3000so\u2028on\r\nDelhi\n")
 WORDS = [  # of each line; only ASCII blanks separate them
     ["Delhi", "is", "a", "city", "."], [], ["zxq\u0301", "\U0001f600", "दिल्ली", "म\u200dें"], [],
     ["New\u00a0Delhi", "and\u3000so\u2028on"], ["Delhi"],
@@ -84,7 +85,8 @@ def test_words_that_are_cut_off_are_tagged_o_and_counted(tuned, tmp_path):
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_a_text_without_words_has_only_its_empty_lines(text, tuned, tmp_path):
     (tmp_path / "text.txt").write_text(text)
-    assert command("examples/tag.py", tuned / "head/hi-0", tmp_path / "text.txt").stdout == "\n" * text.count("\n")
+    done = command("examples/tag.py", tuned / "head/hi-0", tmp_path / "text.txt")
+    assert done.stdout == "\n" * text.count("\n")
 
 
 def test_bad_text_and_bad_folders_end_tag_with_one_line(tuned, tmp_path):
@@ -105,9 +107,11 @@ def test_the_tags_of_a_split_have_the_score_that_finetune_reports(tuned):
     """F1 is counted here by seqeval, from the gold and the predicted column."""
     from seqeval.metrics import f1_score
 
+    (record,) = [record for record in read_results(tuned / "results") if record["tune"] == "full"]
     output = command("examples/tag.py", tuned / "full/hi-0", "--gold", "demo/wikiann", "hi", "test").stdout
     _, gold, predicted = zip(*(zip(*sentence) for sentence in sentences_of(output)))
-    assert 100 * f1_score([*map(list, gold)], [*map(list, predicted)]) == pytest.approx(score_saved(tuned / "full/hi-0"))
+    assert 100 * f1_score([*map(list, gold)], [*map(list, predicted)]) == pytest.approx(record["f1"])
+    assert score_saved(tuned / "full/hi-0") == pytest.approx(record["f1"])
 
 
 # ---- export.py ----
@@ -129,15 +133,17 @@ def test_transformers_gives_the_same_logits_from_an_exported_folder(tune, tuned,
 
 
 def test_what_cannot_be_exported_ends_with_one_line_and_writes_nothing(tuned, tmp_path):
-    (line,) = command("examples/export.py", tuned / "adapter/hi-0", tmp_path / "out", status=2).stderr.splitlines()
-    assert "transformers has no class for --tune adapter" in line
+    def failure(folder, output):
+        (line,) = command("examples/export.py", folder, output, status=2).stderr.splitlines()
+        return line
+
+    assert "transformers has no class for --tune adapter" in failure(tuned / "adapter/hi-0", tmp_path / "out")
     (tmp_path / "mine").mkdir()
-    (line,) = command("examples/export.py", tuned / "head/hi-0", tmp_path / "mine", status=2).stderr.splitlines()
-    assert f"{tmp_path}/mine already exists" in line
+    assert f"{tmp_path}/mine already exists" in failure(tuned / "head/hi-0", tmp_path / "mine")
     encoder = save_encoder(random_encoder("Splinter", 1834), tmp_path / "encoder")
     command("finetune.py", *HINDI, *SMALL_TUNING, "--init", "none", "--model", encoder, "--tune", "head",
             "--save", tmp_path / "tuned", "--results", tmp_path / "results")
-    (line,) = command("examples/export.py", tmp_path / "tuned/hi-0", tmp_path / "out", status=2).stderr.splitlines()
+    line = failure(tmp_path / "tuned/hi-0", tmp_path / "out")
     assert "transformers has no class for token classification with splinter" in line
     assert not (tmp_path / "out").exists() and not [*tmp_path.glob("out*.new")]
 
@@ -160,7 +166,8 @@ def test_a_primed_causal_model_is_the_same_after_saving_and_loading(tmp_path):
     loaded = causal_lm.load(tmp_path)
     after = dict(loaded.named_parameters())
     assert after.keys() == primed.keys() and not moved(after, primed)
-    assert {name for name, p in after.items() if p.requires_grad} == {name for name in after if ".lora_" in name}
+    trained = {name for name, p in after.items() if p.requires_grad}
+    assert trained == {name for name in after if ".lora_" in name}
 
 
 @needs_peft
@@ -185,23 +192,40 @@ def test_an_mlp_that_is_primed_for_sine_waves_fits_new_ones_in_100_steps():
     assert errors[3] < 0.5 * min(errors[:3])
 
 
-def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tuned, tmp_path, monkeypatch):
+def block_of_the_readme(call):
+    """The code block of examples/README.md that calls a function."""
     readme = (HERE / "examples/README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    serving, scoring = [block for block in blocks if "load_tagger" in block]
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if call in code]
+    return block
+
+
+def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tuned").mkdir()
+    from_demo = ["--data", HERE / "demo/wikiann", "--init", "none", "--model", HERE / "demo/encoder"]
     for i, language in enumerate(("hi", "nl")):
-        command("finetune.py", "--tgt", language, "--data", HERE / "demo/wikiann", *SMALL_TUNING, "--init", "none",
-                "--model", HERE / "demo/encoder", "--seeds", i, "--save", tmp_path / "all", "--results", tmp_path / "r")
+        command("finetune.py", "--tgt", language, *from_demo, *SMALL_TUNING, "--seeds", i,
+                "--save", tmp_path / "all", "--results", tmp_path / "r")
         (tmp_path / f"all/{language}-{i}").rename(tmp_path / f"tuned/{language}-0")
     scope = {}
-    exec(serving, scope)
+    exec(block_of_the_readme("predict("), scope)
     assert scope["taggers"].keys() == {"hi-0", "nl-0"}
     for name, tagger in scope["taggers"].items():
         assert tagger.encoder is scope["first"].encoder
         alone, _, tags = finetune.load_tagger(tmp_path / "tuned" / name)
-        assert finetune.predict(tagger, scope["sentences"], tags) == finetune.predict(alone, scope["sentences"], tags)
-    data, printed = str(HERE / "demo/wikiann"), []
-    exec(scoring.replace('"DATA"', repr(data)), {"print": printed.append})
-    assert printed[0]["f1"] == score_saved(tmp_path / "tuned/hi-0", "validation", data)
+        served, expected = (finetune.predict(model, scope["sentences"], tags) for model in (tagger, alone))
+        assert served == expected
+
+
+def test_scoring_as_the_examples_readme_does_gives_the_score_of_finetune(tuned, tmp_path, monkeypatch):
+    """finetune.py trains the same model again, and scores it itself on the validation split."""
+    command("finetune.py", *HINDI, *FROM_PRETRAINED, "--epochs", 10, "--lr", 1e-2, "--split", "validation",
+            "--results", tmp_path / "results")
+    (record,) = read_results(tmp_path / "results")
+    (tmp_path / "tuned").symlink_to(tuned / "adapter")
+    (tmp_path / "conll").symlink_to(HERE / "demo/wikiann")
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    exec(block_of_the_readme("evaluate("), {"print": printed.append})
+    assert printed == [{name: pytest.approx(record[name]) for name in ("f1", "precision", "recall")}]
+    assert record["f1"] > 20
