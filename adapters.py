@@ -217,10 +217,11 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     expect(not folder.is_dir(), f"{folder}: expected {language}/{split}.txt, found {found}")
     with error_context(f"--data {data}, {language} {split}: tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
+        rows = [[*zip(*row, strict=True)] for row in zip(table["tokens"], table["ner_tags"])]
     kind = getattr(table.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(kind, "names", [])))
-    for number, (words, tags) in enumerate(zip(table["tokens"], table["ner_tags"]), start=1):
-        for word, tag in [*zip(words, tags, strict=True), ("", "")]:
+    for number, row in enumerate(rows, start=1):
+        for word, tag in [*row, ("", "")]:
             yield f"{data}, {language} {split} row {number}", word, names.get(tag, tag)
 
 class UserError(ValueError):

@@ -27,21 +27,20 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 def parse_arguments():
     """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
     parser = adapters.common_parser(
-        "Fine-tune an encoder for target languages, and score it. --model, "
-        "--types, --pe and --bottleneck default to those of --init, or without it of prime.py. The "
-        "paper gives these, --data and --tgt, and no other default.")
+        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
+        "those of --init or prime.py. The paper gives these, --data and --tgt, and no other default.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
         help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="at least N steps")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="epochs for at least N steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
     add("--split", choices=["test", "validation"], default="test", help="split to score")
-    add("--limit-test", type=positive(int), help="score only the first N")
+    add("--limit-test", type=positive(int), help="score only the first N sentences")
     add("--results", type=Path, default=Path("results"), help="folder for one file per run")
     add("--save", type=Path, help="write tuned parameters to SAVE/LANG-SEED")
     args = parser.parse_args()

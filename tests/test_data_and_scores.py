@@ -215,6 +215,12 @@ def test_a_missing_word_is_reported_with_its_row(hub):
         hub([["a"], [None]], [["O"], ["O"]], STRING)
 
 
+def test_a_row_with_more_words_than_tags_or_without_words_is_one_line(hub):
+    for words in (["a", "b"], None):
+        with pytest.raises(adapters.UserError, match=f"--data {HUB_NAME}, hi train: .*Error: "):
+            hub([["a"], words], [["O"], ["O"]], STRING)
+
+
 # ---- words and word pieces ----
 
 
