@@ -28,7 +28,7 @@ def parse_arguments():
     """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
-        "those of --init or prime.py. The paper gives these, --data and --tgt, and no other default.")
+        "those of --init or prime.py. The paper gives only these, --data and --tgt.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
