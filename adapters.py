@@ -8,16 +8,17 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MODEL_DEFAULTS = {"model": "bert-base-multilingual-cased", "pe": "adapter", "bottleneck": 64,
-                  "types": ["PER", "ORG", "LOC"]}  # a primed folder has its own
-ParameterSets = NamedTuple("ParameterSets", [("p", dict), ("a", dict), ("h", dict)])  # by name
+                  "types": ["PER", "ORG", "LOC"]}
+ParameterSets = NamedTuple("ParameterSets", [("p", dict), ("a", dict), ("h", dict)])
 
 class Sentence(NamedTuple):
     words: list[str]
@@ -47,14 +48,13 @@ class Tagger(nn.Module):
 
     def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=64, bf16=False):
         super().__init__()
-        hidden = encoder.config.hidden_size
+        config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        self.position_offset = None  # a sentence's first position in a packed row; None: no packing
-        causal = getattr(encoder.config, "is_decoder", False)
-        if encoder.config.model_type in ("bert", "roberta", "xlm-roberta") and not causal:
+        self.position_offset = None  # the encoder's first position id; None: do not pack
+        if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
-        self.adapter = Adapter(hidden, bottleneck) if pe == "adapter" else nn.Identity()
-        self.head = nn.Linear(hidden, num_tags)
+        self.adapter = Adapter(config.hidden_size, bottleneck) if pe == "adapter" else nn.Identity()
+        self.head = nn.Linear(config.hidden_size, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         expect(not pe or self.split_parameters().a, f"--pe {pe}: the encoder has no such parameters")
@@ -68,11 +68,11 @@ class Tagger(nn.Module):
         return ParameterSets(theta_p, theta_a, theta_h)
 
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
-        """The encoder's arguments for rows of sentences, and, both [rows, length], which sentence is
-        at a position (from 1; 0: none) and whether a word starts there."""
+        """Packs sentences into rows. Returns the encoder's arguments and two tensors [rows, length]:
+        the number of the sentence at each position (0: padding), and whether a word starts there."""
         packed, dtype = self.position_offset is not None, self.head.weight.dtype
-        rows = pack(sentences, 2 * max(len(s.input_ids) for s in sentences) if packed else 0)
-        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        capacity = 2 * max(len(s.input_ids) for s in sentences) if packed else 0  # 0: one per row
+        rows = nn.utils.rnn.pad_sequence(pack(sentences, capacity), batch_first=True)
         sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
         inputs = {"input_ids": input_ids, "attention_mask": (sentence_ids > 0).long()}
         if packed:  # positions restart in each sentence, which attends to itself only
@@ -104,18 +104,19 @@ class Tagger(nn.Module):
             sentences = self.encode(sentences)
         return self.head(self.adapter(torch.cat([s.features for s in sentences])))
 
-def pack(sentences: list[Sentence], capacity: int) -> list[list]:
-    """Rows of (sentence number, input id, position in the sentence, whether a word starts there). A
-    sentence goes to the first row that then uses at most `capacity` positions, or to a new row."""
+def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
+    """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
+    A sentence goes to the first row that then uses at most `capacity` positions, or to a new row."""
     rows = [[] for _ in sentences]
     for number, sentence in enumerate(sentences, start=1):
         length, starts = len(sentence.input_ids), {*sentence.word_starts}
         row = next(row for row in rows if not row or len(row) + length <= capacity)
         row += [(number, piece, k, k in starts) for k, piece in enumerate(sentence.input_ids)]
-    return [row for row in rows if row]
+    return [torch.tensor(row) for row in rows if row]
 
 def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> tuple[Tensor, ...]:
     """The features of each sentence, [words, hidden], from hidden states [rows, length, hidden]."""
+    # pack() may put a later sentence into an earlier row, so restore the order of the sentences
     sentence_of_word, order = sentence_ids[is_word_start].sort(stable=True)
     counts = sentence_of_word.bincount(minlength=int(sentence_ids.max()) + 1)[1:]
     return hidden[is_word_start][order].split(counts.tolist())
@@ -127,7 +128,6 @@ def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.tensor(tags, device=logits.device))
 
 def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
-    """A Tagger on a device, in eval mode."""
     model = Tagger(encoder, len(tag_names(types)), pe, bottleneck, bf16).eval()
     with error_context(f"--device {device}"):
         model.to(device)
@@ -137,22 +137,25 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # weights that do not fit are an error below
+    logging.set_verbosity_error()  # but see `faults`
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline: a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
-    layers = encoder.config.num_hidden_layers
+        tokenizer("word").word_ids()  # Python-based tokenizers have none
+    config, mixing = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    faults += [key for key in info["unexpected_keys"] if f".{layers}." in key]  # heads are no fault
+    # weights of a layer more than config.json has; other unexpected keys are heads, and harmless
+    faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
-    expect(not encoder.config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
+    expect(config.model_type not in mixing, f"--model {name}: padding changes its features")
+    expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # few pieces: its files are missing
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # special only: no vocabulary file
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
-    expect(max_length > special, f"--max-length must be above {special} (special tokens)")
-    limit = getattr(encoder.config, "max_position_embeddings", "no limit on")
+    expect(max_length > special, f"--max-length must be above {special}, the special tokens")
+    limit = getattr(config, "max_position_embeddings", "unlimited")
     with error_context(f"--max-length {max_length}: the encoder has {limit} positions"):
         encoder(torch.full((1, max_length), pieces - 1), attention_mask=torch.ones(1, max_length))
     return encoder, tokenizer
@@ -161,7 +164,7 @@ def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
-    """The first `limit` sentences of a split in word pieces; for training, those that have any."""
+    """The first `limit` sentences of a split, tokenized; in "train" only those with a word piece."""
     sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
     sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
     found = f"{len(sentences)} sentences, {min_sentences} are needed"
@@ -187,6 +190,9 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
+    local = folder if folder.is_dir() else Path(data)
+    found = sorted(os.listdir(local)) if local.is_dir() else "the hub"
+    expect(file.exists() or found == "the hub", f"{local}: expected {language}/{file.name}, found {found}")
     for location, word, tag in read_text(file) if file.exists() else read_hub(data, language, split):
         if word == tag == "":
             sentences.append([])
@@ -212,9 +218,6 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     """The same from the hub. A number that no ClassLabel names stays a number."""
     from datasets import load_dataset
 
-    folder = Path(data) / language if Path(data, language).is_dir() else Path(data)
-    found = sorted(os.listdir(folder)) if folder.is_dir() else []
-    expect(not folder.is_dir(), f"{folder}: expected {language}/{split}.txt, found {found}")
     with error_context(f"--data {data}, {language} {split}: tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
         rows = [[*zip(*row, strict=True)] for row in zip(table["tokens"], table["ner_tags"])]
@@ -244,28 +247,29 @@ def error_context(source: str) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path, and renames it to `path` on success. Raises UserError on failure."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with error_context(f"writing {path}"):
+    with error_context(f"writing {path}"), ExitStack() as stack:
+        stack.callback(new.unlink, missing_ok=True)  # of a failed write
         yield new
-        with suppress(FileNotFoundError):  # a finished run with the same settings removed it
+        with suppress(FileNotFoundError):  # save_primed of an equal run deletes it
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:
     """Makes a folder this run's, by a file of its settings. Raises UserError if it is another's."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
-    ours = not any(folder.iterdir()) or path.exists()
-    expect(ours, f"{folder} holds other files: choose another folder")
+    if any(folder.iterdir()):
+        expect(path.exists(), f"{folder} holds other files: choose another folder")
     with suppress(FileExistsError), open(path, "x") as file:
         file.write(json.dumps(settings, indent=2))
     time.sleep(0.1)  # another run may be writing it
-    read_record(path, settings)
+    read_record(path, settings)  # raises if they differ
 
-def read_record(path: Path, settings: dict | None = None) -> dict:
-    """The JSON file of a run. Raises UserError if its settings differ from `settings`, or without
-    these if a weights file beside it is not the one that it was written for."""
+def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:
+    """The JSON file of a run. Raises UserError if its settings differ from `settings` or, with
+    `check_weights`, if a weights file in its folder is not the one that it was written for."""
     with error_context(f"{path}: expected the record of a run"):
         record = dict(json.loads(path.read_bytes()))
-        same = settings or record["files"] == file_checksums(path.parent)
+        same = not check_weights or record["files"] == file_checksums(path.parent)
     expect(same, f"{path.parent}: a weights file is missing or not that of {path.name}")
     for name, now in (settings or {}).items():
         found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
@@ -273,7 +277,7 @@ def read_record(path: Path, settings: dict | None = None) -> dict:
     return record
 
 def fingerprint(encoder: nn.Module, sentences: Any) -> dict:
-    """Checksums of what a run starts from, without what does not change the encoder's output."""
+    """Checksums of the encoder's weights, of its configuration, and of the sentences."""
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
     config = [item for item in encoder.config.to_dict().items() if item[0] not in ignored]
     weights = [zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters()]
@@ -287,30 +291,50 @@ def write_record(path: Path, record: dict) -> None:
     with atomic_write(path) as new:
         new.write_text(json.dumps(record, indent=2, default=str))
 
+def load_checkpoint(path: Path, device: str, stateful: tuple) -> list[float]:
+    """Restores an interrupted run of prime.py; returns the losses of its meta steps so far."""
+    if not path.exists():
+        return []
+    with error_context(f"{path}: expected a checkpoint of this run; delete it to start again"):
+        losses, states = torch.load(path, device, weights_only=True)
+        for part, state in zip(stateful, states, strict=True):
+            part.load_state_dict(state)
+    return losses
+
+def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losses: list) -> None:
+    """Writes θp* as `AutoModel` reads it, θa*, and last priming.json, which completes a folder."""
+    with error_context(f"writing {folder}"):
+        model.encoder.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file(model.split_parameters().a, folder / "adapter.safetensors")
+    more = {"files": file_checksums(folder), "last_losses": losses[-10:]}
+    write_record(folder / "priming.json", record | more)
+    for path in [folder / "checkpoint.pt", *folder.glob("*.new")]:
+        path.unlink(missing_ok=True)
+
 def cli(main: Callable[[], None]) -> None:
     """Runs a command. Bad input ends it with one line on stderr and exit status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # some terminals cannot show θ
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        message = " ".join(str(error).split()) or "interrupted; the last checkpoint or result is kept"
+    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        message = " ".join(str(error).split()) or "interrupted; checkpoints and results are kept"
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of both commands."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, no_default = parser.add_argument, argparse.SUPPRESS  # see MODEL_DEFAULTS
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--model", default=no_default, help="encoder: hub name or folder")
+    # unset: prime.py has MODEL_DEFAULTS, and finetune.py takes the primed folder's values
+    add, unset = parser.add_argument, argparse.SUPPRESS
+    add("--model", default=unset, help="encoder: hub name or folder")
     add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
-    add("--types", default=no_default, nargs="+", help="entity types, tagged B-X and I-X")
-    add("--pe", default=no_default, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
-    add("--bottleneck", default=no_default, type=positive(int), help="width of the adapter")
+    add("--types", default=unset, nargs="+", help="entity types, tagged B-X and I-X")
+    add("--pe", default=unset, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
+    add("--bottleneck", default=unset, type=positive(int), help="width of the adapter")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
-    add("--device", default=device, help="torch device: cuda if there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--bf16", action="store_true", help="run the encoder in bfloat16")
     return parser
 

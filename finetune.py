@@ -28,14 +28,15 @@ def parse_arguments():
     """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
-        "those of --init or prime.py. The paper gives only these, --data and --tgt.")
+        "those of the folder --init, or else of prime.py. The paper gives the defaults of these, "
+        "of --data and of --tgt; the others are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
         help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="epochs for at least N steps")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs up to N steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
@@ -44,7 +45,8 @@ def parse_arguments():
     add("--results", type=Path, default=Path("results"), help="folder for one file per run")
     add("--save", type=Path, help="write tuned parameters to SAVE/LANG-SEED")
     args = parser.parse_args()
-    args.priming = {} if args.init == "none" else read_record(Path(args.init) / "priming.json")
+    args.priming = {} if args.init == "none" else read_record(
+        Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
         saved = args.priming.get(name)
         value = getattr(args, name, saved or default)
@@ -63,15 +65,15 @@ def main() -> None:
         train = load_sentences(args.data, language, "train", *options, args.limit_train)
         test = load_sentences(args.data, language, args.split, *options, args.limit_test)
         data[language] = train, test
-    movable = ("model", "init", "data", "device", "tgt", "results", "save", "priming")
-    settings = {n: v for n, v in vars(args).items() if n not in movable}
-    settings["start"] = args.priming.get("files")
-    runs, records = plan_runs(settings, data, encoder, args.results, args.save), []
+    not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
+    settings = {n: v for n, v in vars(args).items() if n not in not_compared}
+    settings["primed_weights"] = args.priming.get("files")  # checksums
+    runs, records = plan_runs(settings, args.seeds, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
-    for settings, result, folder, train, test in runs:
-        done = result.exists() and (not folder or (folder / "tuned.json").exists())
+    for settings, result_file, save_folder, train, test in runs:
+        done = result_file.exists() and (not save_folder or (save_folder / "tuned.json").exists())
         if done:
-            record = read_record(result, settings)
+            record = read_record(result_file, settings)
         else:
             torch.manual_seed(settings["seed"])
             model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
@@ -80,8 +82,9 @@ def main() -> None:
             tuned = theta_a | theta_h | (theta_p if args.tune == "full" else {})
             for p in theta_p.values():
                 p.requires_grad_(args.tune == "full")
-            if (pe == "adapter" or args.tune == "head") and test[0].features is None:
-                train[:], test[:] = model.encode_sets([train, test])  # once for all seeds
+            encoder_is_frozen = pe == "adapter" or args.tune == "head"
+            if encoder_is_frozen and test[0].features is None:
+                train[:], test[:] = model.encode_sets([train, test])  # all seeds share these lists
             fine_tune(
                 model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
                 batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
@@ -91,42 +94,41 @@ def main() -> None:
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
         print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
-            save_run(result, folder, settings, record, model, tuned)
+            save_run(result_file, save_folder, settings, record, model, tuned)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
         table = f1.agg(F1="mean", std="std", seeds="size").reset_index()
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
-def plan_runs(settings, data, encoder, results: Path, save: Path | None) -> list[tuple]:
+def plan_runs(settings, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
     """Settings, result file, folder of --save, training and test sentences of each run. Raises
     UserError if a folder is another run's, and OSError if one cannot be written."""
     for parent in (results, save or results):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
     runs = []
-    for language, sentences in data.items():
-        shared = settings | {"target": language} | adapters.fingerprint(encoder, sentences)
-        for seed in dict.fromkeys(settings["seeds"]):
-            run, name = shared | {"seed": seed, "seeds": [seed]}, f"{language}-{seed}"
+    for language, (train, test) in data.items():
+        shared = settings | {"target": language} | adapters.fingerprint(encoder, (train, test))
+        for seed in dict.fromkeys(seeds):
+            run, name = shared | {"seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(run).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
                 adapters.claim(folder, run)
-            runs.append((run, result, folder, *sentences))
+            runs.append((run, result, folder, train, test))
     return runs
 
 def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
     has been moved to. Raises UserError if that is another encoder."""
     folder = Path(folder)
-    record = read_record(folder / "tuned.json")
+    record = read_record(folder / "tuned.json", check_weights=True)
     local_base = folder / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
-    found = adapters.fingerprint(encoder, [])
-    same = all(found[name] == record[name] for name in ("weights", "configuration"))
-    expect(same, f"{base} is not the encoder that {folder} was tuned on: give that by --init")
+    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}
+    expect(found.items() <= record.items(), f"{folder} was not tuned on {base}: pass its encoder")
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(
         encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
@@ -135,7 +137,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     return model, tokenizer, tag_names(record["types"])
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
-    """Plain fine-tuning of `tuned`, which is Algorithm 1 without inner steps (§5.2)."""
+    """Plain fine-tuning of the parameters in `tuned`: AdamW on shuffled batches, for some epochs."""
     batches = []
     for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
@@ -160,7 +162,7 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     """Entity-level micro F1, precision and recall in percent, by CoNLL's convention."""
     gold = [[tags[tag] for tag in s.tags] for s in sentences]
     if not any(tag for s in sentences for tag in s.tags):
-        print("there is no entity in the scored sentences, so F1 is 0", file=sys.stderr)
+        print("the scored sentences have no entity, so F1 is 0", file=sys.stderr)
     predicted = predict(model, sentences, tags)
     metrics = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
@@ -170,8 +172,8 @@ def save_run(result, folder, settings: dict, record: dict, model: Tagger, tuned:
     if folder:
         adapters.claim(folder, settings)
         base = model.encoder.name_or_path
-        if os.path.isdir(base):  # relative, so that both can be moved together
-            base = os.path.relpath(base, folder)
+        if os.path.isdir(base):  # relative: both can be moved together
+            base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
         with adapters.atomic_write(folder / "tuned.safetensors") as new:
             save_file(tuned, new)
         files = {"base": base, "files": adapters.file_checksums(folder)}

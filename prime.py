@@ -21,7 +21,7 @@ Batch = Any  # whatever the loss accepts
 Task = tuple[Batch, Batch]  # a support set and a query set
 Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
-NO_CHECKPOINTING = "turn off activation checkpointing in the loss, or second_order and encode"
+HOOKS_ERROR = "activation checkpointing works neither with second_order nor with encode"
 
 def prime(
     model: nn.Module, *, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
@@ -39,8 +39,8 @@ def prime(
         gradients (§3.1). A parameter in none of them is a constant.
     batches: one list of (support, query) pairs per meta step; both sets are whatever `loss` accepts.
         Training ends when `batches` is exhausted or the caller breaks out of the loop.
-    loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi.
-        Read them through `model`: references kept from before the call still hold θ.
+    loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi,
+        plain tensors. Read them through `model`: references from before the call still hold θ.
     optimizer, scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: the exact meta-gradient, through the inner steps; fused attention does not support
@@ -50,17 +50,17 @@ def prime(
         gradients, for θp), and returns as many sets, in the same order, with f(x; θp) instead of x.
         The inner steps then skip f, with the same result. Ignored with `maml`.
 
-    Raises ValueError, before a meta step updates anything, for mistakes that would go unnoticed.
+    Raises ValueError for mistakes that would go unnoticed, in each step before it updates anything.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
     sets = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h}
-    check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps)
-    outer_params = [*theta_p.values(), *theta_a.values()]
-    inner_params = {**theta_a, **theta_h, **(theta_p if maml else {})}  # with θp: the red line
-    f_theta = FunctionalModel(model, loss, sets, checkpointing=not second_order and not encode)
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
+        check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps)
+        outer_params = [*theta_p.values(), *theta_a.values()]
+        inner_params = {**theta_a, **theta_h, **(theta_p if maml else {})}  # with θp: the red line
+        f_theta = FunctionalModel(model, loss, sets, may_checkpoint=not second_order and not encode)
         supports, queries = support_and_query_sets(tasks, encode, second_order)
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
@@ -68,13 +68,14 @@ def prime(
             # clone() keeps the graph, through which line 9's gradient at θi reaches θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
-                grads = f_theta.with_parameters(theta_i, f_theta.gradients, theta_i, support, second_order)
+                grads = f_theta.gradients(theta_i, support, create_graph=second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
-            if encode:  # it made one graph for all query sets: one backward pass after the last task
-                query_losses.append(f_theta.with_parameters(theta_i, f_theta.scalar_loss, query))
+            # encode made one graph for all query sets: one backward pass after the last task
+            if encode:
+                query_losses.append(f_theta.scalar_loss(theta_i, query))
             else:  # this task's term of the sum in line 9
-                query_losses.append(f_theta.with_parameters(theta_i, f_theta.backward, query, outer_params))
+                query_losses.append(f_theta.loss_after_backward(theta_i, query, outer_params))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
@@ -87,68 +88,68 @@ def prime(
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
         if scheduler:
             scheduler.step()
-        torch.clear_autocast_cache()  # it keeps low-precision copies, here of the old θp
+        torch.clear_autocast_cache()  # of low-precision copies of the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: runs functions of the model with `theta` instead of its own parameters. Gradients
-    are taken inside that call too, because a backward pass may read parameters again (checkpointing).
-    Tied parameters are replaced under all of their names."""
+    """The paper's f_θ: the model with parameters `theta` instead of its own, while forward runs. With
+    activation checkpointing the backward pass runs the model again, so that runs in forward too; where
+    it comes later (second_order, encode), checkpointing is refused. Tied parameters stay tied."""
 
-    def __init__(self, model, loss, sets, checkpointing):
+    def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
-        self.model, self.loss, self.sets, self.checkpointing = model, loss, sets, checkpointing
+        self.model, self.loss, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         names = {p: name for part in sets.values() for name, p in part.items()}
-        self.aliases = {  # each place where the model has a parameter: its name in the sets
-            f"{place}.{name}": names[p] for place, module in self.named_modules()
-            for name, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in names}
+        # from the full names in this module, of which a tied parameter has several, to `names`
+        self.aliases = {
+            f"{path}.{n}": names[p] for path, module in self.named_modules()
+            for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in names}
 
-    def forward(self, function, *args):  # parameters are replaced while forward runs
-        return function(*args)
-
-    def with_parameters(self, theta, function, *args):
-        """Returns function(*args), called while parameters of the model are those in `theta`."""
-        replaced = {alias: theta[name] for alias, name in self.aliases.items() if name in theta}
-        return functional_call(self, replaced, (function, *args), tie_weights=False)
-
-    def scalar_loss(self, batch):
-        with nullcontext() if self.checkpointing else disable_saved_tensors_hooks(NO_CHECKPOINTING):
+    def forward(self, batch, backward):
+        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(HOOKS_ERROR):
             value = self.loss(self.model, batch)
         scalar = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {value}")
-        return value
+        return backward(value)
+
+    def scalar_loss(self, theta, batch, backward=lambda value: value):
+        """L(f_θ, D), or what `backward` returns for it, which runs while `theta` is in the model."""
+        replaced = {alias: theta[name] for alias, name in self.aliases.items() if name in theta}
+        return functional_call(self, replaced, (batch, backward), tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
-        options = {"create_graph": create_graph, "allow_unused": True}
-        grads = torch.autograd.grad(self.scalar_loss(batch), [*theta.values()], **options)
+        options = {"inputs": [*theta.values()], "create_graph": create_graph, "allow_unused": True}
+        grads = self.scalar_loss(theta, batch, lambda value: torch.autograd.grad(value, **options))
         grads = dict(zip(theta, grads))
         check_grads(grads, self.sets, "loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
 
-    def backward(self, batch, outer_params):
+    def loss_after_backward(self, theta, batch, outer_params):
         """L(f_θ, D), after its gradient has been added to the .grad of the outer parameters."""
-        value = self.scalar_loss(batch)
-        value.backward(inputs=outer_params)
-        return value.detach()
+        def backward(value):
+            value.backward(inputs=outer_params)
+            return value.detach()
+        return self.scalar_loss(theta, batch, backward)
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
     tasks = list(tasks)
     pairs = tasks and all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks)
-    require(pairs, "a batch of tasks must be a non-empty list of (support, query) pairs")
+    require(pairs, "a batch must be a non-empty list of (support, query) pairs")
     supports, queries = zip(*tasks)
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        torch.clear_autocast_cache()  # copies made without gradients would cut off θp
+        # autocast's copies of θp, made under no_grad, would have no gradient below
+        torch.clear_autocast_cache()
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
     reusable = not any(isinstance(batch, Iterator) for batch in supports)
-    require(reusable, "support sets must not be generators: each inner step reads them")
+    require(reusable, "support sets must not be generators: each step reads them")
     return supports, queries
 
 def require(condition: Any, message: str) -> None:
@@ -156,39 +157,39 @@ def require(condition: Any, message: str) -> None:
         raise ValueError(message)
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
-    """Raises ValueError for mistakes that would otherwise go unnoticed, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
     require(not distributed, "pass model.module, and sum gradients in an optimizer hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
-    require(steps, f"inner_steps must be an integer of at least 0, not {inner_steps}")
+    require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
     require(0 < inner_lr < math.inf, f"inner_lr must be positive and finite, not {inner_lr}")
     metric = isinstance(scheduler, ReduceLROnPlateau)
-    require(not metric, "ReduceLROnPlateau needs a metric: call its step() in your own loop")
+    require(not metric, "ReduceLROnPlateau needs a metric: step it in your own loop")
     named = all(isinstance(part, Mapping) for part in sets.values())
-    require(named, "theta_p, theta_a and theta_h must be dicts from names to parameters")
-    trainable = not inner_steps or sets["theta_p"] and (sets["theta_a"] or sets["theta_h"])
-    require(trainable, "theta_p is empty (did a PE library freeze it?), or theta_a and theta_h are")
+    require(named, "theta_p, theta_a and theta_h must be dicts of parameters")
+    if inner_steps:  # S = 0 is plain fine-tuning, of any parameters
+        require(sets["theta_p"], "theta_p is empty: did a PE library freeze it?")
+        require(sets["theta_a"] or sets["theta_h"], "theta_a and theta_h are empty")
     model_params = dict(model.named_parameters(remove_duplicate=False))
     optimized, seen = {p for group in optimizer.param_groups for p in group["params"]}, set()
     for set_name, part in sets.items():
         for name, p in part.items():
             own = model_params.get(name) is p
-            require(own, f"{name} is not the model's: collect {set_name} after wrapping or moving it")
-            require(p not in seen, f"{name} is in two sets: theta_p, theta_a, theta_h must be disjoint")
-            require(p.requires_grad, f"{name} is frozen: call requires_grad_() on it first")
-            held = set_name != "theta_h"
-            expected = f"{name}: the optimizer must {'' if held else 'not '}hold {set_name}"
-            require((p in optimized) == held, expected)
+            require(own, f"{name} is not the model's: build {set_name} after wrapping or moving it")
+            require(p not in seen, f"{name} is in two sets, which must be disjoint")
+            require(p.requires_grad, f"{name} is frozen: call requires_grad_()")
+            should_hold = set_name != "theta_h"
+            expected = f"{name}: the optimizer must {'' if should_hold else 'not '}hold {set_name}"
+            require((p in optimized) == should_hold, expected)
             seen.add(p)
     extra = [tuple(p.shape) for p in optimized if p.requires_grad and p not in seen]
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
-def check_grads(grads, sets, name):
-    """Raises ValueError if a set has gradients, by name, and all of them are None."""
+def check_grads(grads, sets, loss_name):
+    """Raises ValueError if `grads` has entries for a set's parameters, and all of them are None."""
     for set_name, part in sets.items():
         reached = [grads[n] is not None for n in part if n in grads]
-        require(any(reached) or not reached, f"the {name} does not depend on {set_name}")
+        require(any(reached) or not reached, f"the {loss_name} does not depend on {set_name}")
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler
@@ -215,27 +216,24 @@ def parse_arguments():
     from adapters import MODEL_DEFAULTS, common_parser, positive
 
     parser = common_parser(
-        "Prime an encoder, by Algorithm 1 or an ablation. The paper gives no --steps, --tasks, "
-        "--support, --query or --max-length; other defaults are its own.")
+        "Prime an encoder, by Algorithm 1 or an ablation. The paper gives the defaults of "
+        "--inner-steps, --inner-lr and --outer-lr; those of --steps, sizes and lengths are ours.")
     add = parser.add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
-        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on the same data (row 5)")
-    add("--inner-steps", type=positive(int, zero=True), default=5, help="S, per task; 1 in row 7")
+        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on that data (row 5)")
+    add("--inner-steps", type=positive(int), default=5, help="S, per task (row 7: 1; ft has none)")
     add("--inner-lr", type=positive(float), default=0.03, help="α, the inner loop's rate, of SGD")
     add("--outer-lr", type=positive(float), default=5e-5, help="β, AdamW's rate, which falls to 0")
     add("--steps", type=positive(int), default=1000, help="meta steps")
     add("--tasks", type=positive(int), default=2, help="tasks per meta step")
     add("--support", type=positive(int), default=16, help="support sentences per task")
     add("--query", type=positive(int), default=16, help="query sentences per task")
-    add("--seed", type=positive(int, zero=True), default=0, help="for initial weights and sampling")
+    add("--seed", type=positive(int, zero=True), default=0, help="of weights and sampling")
     add("--save-every", type=positive(int), default=100, help="meta steps between two checkpoints")
     add("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
     parser.set_defaults(**MODEL_DEFAULTS)
-    args = parser.parse_args()
-    if args.method != "ft" and not args.inner_steps:
-        parser.error("--inner-steps 0 is plain fine-tuning: use --method ft")
-    return args
+    return parser.parse_args()
 
 def main() -> None:
     args = parse_arguments()
@@ -245,25 +243,28 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
-    options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
+    min_sentences = args.support + args.query
+    options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    movable = ("model", "data", "device", "output", "save_every")
-    settings = {n: v for n, v in vars(args).items() if n not in movable}
+    # a resumed run may have other values of these; the contents of model and data are compared
+    not_compared = ("model", "data", "device", "output", "save_every")
+    settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16)
     adapters.claim(args.output, settings)
-    if (args.output / "priming.json").exists() and adapters.read_record(args.output / "priming.json"):
+    if (record := args.output / "priming.json").exists():
+        adapters.read_record(record, check_weights=True)
         return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = model.split_parameters()
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # row 5, §5.2: no inner steps, and AdamW updates θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         support, query = 0, support + query  # the sentences that the other methods draw
-        model.train()  # dropout, as in any plain fine-tuning
+        model.train()  # dropout, as is usual
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
     checkpoint, stateful = args.output / "checkpoint.pt", (model, optimizer, scheduler)
-    losses = load_checkpoint(checkpoint, args.device, stateful)
+    losses = adapters.load_checkpoint(checkpoint, args.device, stateful)
     batches = sample_batches(corpora, args.steps, args.tasks, support, query, args.seed, len(losses))
     meta_training = prime(
         model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches,
@@ -278,35 +279,8 @@ def main() -> None:
         if len(losses) % args.save_every == 0 or len(losses) == args.steps:
             with adapters.atomic_write(checkpoint) as new:
                 torch.save((losses, [part.state_dict() for part in stateful]), new)
-    save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
+    adapters.save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
     print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
-
-def load_checkpoint(path, device, stateful):
-    """Restores an interrupted run; returns the losses of the meta steps that it has done."""
-    from adapters import error_context
-
-    if not path.exists():
-        return []
-    with error_context(f"{path}: expected a checkpoint of this run; delete it to start again"):
-        losses, states = torch.load(path, device, weights_only=True)
-        for part, state in zip(stateful, states, strict=True):
-            part.load_state_dict(state)
-    return losses
-
-def save_primed(folder, model, tokenizer, record, losses):
-    """Writes θp* as `AutoModel` reads it, θa*, and last priming.json, which completes a folder."""
-    from safetensors.torch import save_file
-
-    from adapters import error_context, file_checksums, write_record
-
-    with error_context(f"writing {folder}"):
-        model.encoder.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_file(model.split_parameters().a, folder / "adapter.safetensors")
-    more = {"files": file_checksums(folder), "last_losses": losses[-10:]}
-    write_record(folder / "priming.json", record | more)
-    for path in [folder / "checkpoint.pt", *folder.glob("*.new")]:
-        path.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     from adapters import cli

@@ -61,7 +61,7 @@ def main() -> None:
         if not math.isfinite(losses[-1]):
             found = f"query losses {query_losses}"
             raise adapters.UserError(f"meta step {len(losses)}: {found}; lower --inner-lr or --outer-lr")
-    prime.save_primed(args.output, model, tokenizer, {**vars(args), "heads": "new"}, losses)
+    adapters.save_primed(args.output, model, tokenizer, {**vars(args), "heads": "new"}, losses)
     print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 

@@ -114,7 +114,7 @@ def score_distinct(tuned: Path, data: Path, results: Path) -> None:
     """Scores a model on the test sentences that `write_distinct` wrote, and writes a record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # finetune.py's default
     model, tokenizer, tags = finetune.load_tagger(tuned, device=device)
-    record = adapters.read_record(tuned / "tuned.json")
+    record = adapters.read_record(tuned / "tuned.json", check_weights=True)
     sentences = adapters.load_sentences(
         str(data), record["target"], "test", tokenizer, TYPES, record["max_length"])
     score = finetune.evaluate(model, sentences, tags)

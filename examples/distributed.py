@@ -85,7 +85,7 @@ def main() -> None:
         losses.append(loss.item())
         adapters.expect(math.isfinite(losses[-1]), f"meta step {len(losses)}: lower --inner-lr or --outer-lr")
     if rank == 0:
-        prime.save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
+        adapters.save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
         print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
     dist.destroy_process_group()
 

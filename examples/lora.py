@@ -105,7 +105,8 @@ def tune_lora(args) -> None:
     """Tunes LoRA and a new head for one language, prints the score and saves both."""
     torch.manual_seed(args.seed)
     primed = args.init != "none"
-    record = adapters.read_record(Path(args.init) / "priming.json") if primed else vars(args)
+    priming = Path(args.init) / "priming.json"
+    record = adapters.read_record(priming, check_weights=True) if primed else vars(args)
     base, rank, types = args.init if primed else args.model, record["rank"], record["types"]
     encoder, tokenizer = adapters.load_encoder(base, args.max_length)
     options = tokenizer, types, args.max_length

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -61,12 +62,23 @@ def test_a_causal_encoder_is_not_packed_and_stays_causal(architecture, demo):
     assert torch.equal(encoded[0].features[:unchanged], encoded[1].features[:unchanged])
 
 
-@pytest.mark.xfail(strict=True, reason="FNet.forward takes **kwargs, so load_encoder's call does not fail")
-def test_fnet_which_takes_no_attention_mask_ends_the_command_with_one_line(demo, tmp_path):
-    fnet = save_encoder(random_encoder("FNet", len(demo[1])), tmp_path / "fnet")
-    flags = [*SLOW_PRIMING, "--model", fnet, "--steps", 1, "--output", tmp_path / "out"]
+@pytest.mark.parametrize("architecture", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
+def test_encoders_whose_features_depend_on_padding_end_the_command_with_one_line(architecture, demo, tmp_path):
+    encoder = random_encoder(architecture, len(demo[1]), embedding_size=16)
+    folder = save_encoder(encoder, tmp_path / "encoder")
+    flags = [*SLOW_PRIMING, "--model", folder, "--steps", 1, "--output", tmp_path / "out"]
     (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
-    assert "fnet" in line.lower() and not (tmp_path / "out").exists()
+    assert f"{folder}: padding changes its features" in line and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_word_ids_ends_the_command_with_one_line(demo, tmp_path):
+    folder = save_encoder(random_encoder("Bert", 400), tmp_path / "encoder")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    transformers.ByT5Tokenizer().save_pretrained(folder)
+    flags = [*SLOW_PRIMING, "--model", folder, "--steps", 1, "--output", tmp_path / "out"]
+    (line,) = command("prime.py", *flags, status=2).stderr.splitlines()
+    assert "word_ids() is not available" in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("length, fits", [(130, True), (131, False), (132, False)])
@@ -253,3 +265,44 @@ def test_a_module_with_two_names_gets_its_own_parameters_back(maml):
     for name, p in copied.named_parameters():
         if name[0] in "01":
             torch.testing.assert_close(after[name].grad, p.grad, rtol=0, atol=1e-14)
+
+
+def step_with_changes(change, names=("f.weight", "f.bias")):
+    """Two meta steps of a small model whose θp has the given names, with a change between them."""
+    model = SmallModel()
+    named, (_, theta_a, theta_h) = dict(model.named_parameters()), model.split_parameters()
+    theta_p = {name: named[name] for name in names}
+    optimizer = torch.optim.SGD([*theta_p.values(), *theta_a.values()], lr=0.1)
+    meta_training = prime.prime(
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=[make_tasks(2), make_tasks(2)],
+        loss=small_loss, optimizer=optimizer)
+    next(meta_training)
+    change(model, theta_p, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model, before, meta_training
+
+
+def test_a_module_that_is_replaced_between_two_steps_is_refused():
+    def replace_the_head(model, theta_p, optimizer):
+        model.h = nn.Linear(5, 3).double()
+
+    model, _, meta_training = step_with_changes(replace_the_head)
+    assert_refused(meta_training, model, "^h.weight is not the model's")
+
+
+def test_an_optimizer_that_gets_a_parameter_of_no_set_between_two_steps_is_refused():
+    def add_the_constant(model, theta_p, optimizer):
+        optimizer.add_param_group({"params": [model.constant]})
+
+    model, _, meta_training = step_with_changes(add_the_constant)
+    assert_refused(meta_training, model, r"in no set, of shapes \[\(5,\)\]")
+
+
+def test_a_parameter_that_joins_theta_p_between_two_steps_is_updated():
+    def unfreeze_the_bias(model, theta_p, optimizer):
+        theta_p["f.bias"] = model.f.bias
+        optimizer.add_param_group({"params": [model.f.bias]})
+
+    model, before, meta_training = step_with_changes(unfreeze_the_bias, names=["f.weight"])
+    next(meta_training)
+    assert not torch.equal(before["f.bias"], model.f.bias)
