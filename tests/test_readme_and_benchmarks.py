@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 import transformers
-from conftest import DEMO, HERE, PE, command, moved, needs_peft, read_results
+from conftest import DEMO, HERE, PE, SMALL_PRIMING, SMALL_TUNING, command, moved, needs_peft, read_results
 
 import adapters
 import experiments
@@ -156,6 +156,25 @@ def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
     for record in read_results(tmp_path / "results"):
         f1.setdefault(record["seed"], []).append(record["f1"])
     assert len(f1) == 5 and all(primed - not_primed >= 10 for not_primed, primed in f1.values()), f1
+
+
+def test_every_command_of_readme_runs_one_after_the_other_in_one_folder(tmp_path, monkeypatch):
+    """With the demo's encoder and data and small sizes appended, as the later flag counts."""
+    (tmp_path / "demo").symlink_to(HERE / "demo")
+    (tmp_path / "sentences.txt").write_text("Jan woont in Utrecht\n")
+    monkeypatch.chdir(tmp_path)
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    lines = [line.partition("#")[0].split() for text in blocks.splitlines() for line in text.split("&&")]
+    lines = [words for words in lines if words[:1] == ["python"] and not words[1].startswith("benchmarks/")]
+    assert len(lines) == 19
+    for _, script, *flags in lines:
+        if script == "prime.py":
+            flags += [*DEMO, *SMALL_PRIMING, "--bottleneck", 4]
+        if script == "finetune.py":
+            flags += [*DEMO[2:], *SMALL_TUNING, "--epochs", 1, "--seeds", 0]
+            flags += [*DEMO[:2], "--bottleneck", 4] if "none" in flags else []
+        command(script, *flags)
+    assert len(read_results(tmp_path / "results")) > 40
 
 
 # ---- results of README ----
