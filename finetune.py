@@ -71,9 +71,10 @@ def main() -> None:
     runs, records = plan_runs(settings, args.seeds, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for settings, result_file, save_folder, train, test in runs:
-        done = result_file.exists() and (not save_folder or (save_folder / "tuned.json").exists())
+        record_file = save_folder / "tuned.json" if save_folder else result_file
+        done = result_file.exists() and record_file.exists()
         if done:
-            record = read_record(result_file, settings)
+            record = read_record(record_file, settings, check_weights=bool(save_folder))
         else:
             torch.manual_seed(settings["seed"])
             model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
@@ -122,9 +123,8 @@ def plan_runs(settings, seeds, data, encoder, results: Path, save: Path | None) 
 def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
     has been moved to. Raises UserError if that is another encoder."""
-    folder = Path(folder)
-    record = read_record(folder / "tuned.json", check_weights=True)
-    local_base = folder / record["base"]
+    record = read_record(Path(folder) / "tuned.json", check_weights=True)
+    local_base = Path(folder) / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
     found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}
@@ -132,7 +132,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(
         encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
-    model.load_state_dict(model.state_dict() | load_file(folder / "tuned.safetensors"))
+    model.load_state_dict(model.state_dict() | load_file(Path(folder) / "tuned.safetensors"))
     tokenizer.model_max_length = record["max_length"]
     return model, tokenizer, tag_names(record["types"])
 
@@ -172,7 +172,7 @@ def save_run(result, folder, settings: dict, record: dict, model: Tagger, tuned:
     if folder:
         adapters.claim(folder, settings)
         base = model.encoder.name_or_path
-        if os.path.isdir(base):  # relative: both can be moved together
+        if os.path.isdir(base):  # relative: both can be moved
             base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
         with adapters.atomic_write(folder / "tuned.safetensors") as new:
             save_file(tuned, new)

@@ -41,7 +41,7 @@ def prime(
         Training ends when `batches` is exhausted or the caller breaks out of the loop.
     loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi,
         plain tensors. Read them through `model`: references from before the call still hold θ.
-    optimizer, scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
+    optimizer, its scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: the exact meta-gradient, through the inner steps; fused attention does not support
         it. Otherwise inner gradients are constants, so dθi/dθ = 1: §4.2's first-order approximation.
@@ -230,7 +230,7 @@ def parse_arguments():
     add("--support", type=positive(int), default=16, help="support sentences per task")
     add("--query", type=positive(int), default=16, help="query sentences per task")
     add("--seed", type=positive(int, zero=True), default=0, help="of weights and sampling")
-    add("--save-every", type=positive(int), default=100, help="meta steps between two checkpoints")
+    add("--save-every", type=positive(int), default=100, help="meta steps between checkpoints")
     add("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
     parser.set_defaults(**MODEL_DEFAULTS)
     return parser.parse_args()
@@ -260,7 +260,7 @@ def main() -> None:
     if args.method == "ft":  # row 5, §5.2: no inner steps, and AdamW updates θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
         support, query = 0, support + query  # the sentences that the other methods draw
-        model.train()  # dropout, as is usual
+        model.train()  # dropout
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
     checkpoint, stateful = args.output / "checkpoint.pt", (model, optimizer, scheduler)

@@ -65,6 +65,15 @@ def test_a_model_that_is_saved_through_a_link_finds_its_encoder(table, tmp_path)
     assert score_saved(tmp_path / "far/away/saved/hi-0", limit=30) == result["f1"]
 
 
+def test_a_saved_model_without_its_weights_is_not_called_done(tmp_path):
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--save", tmp_path / "s", "--results", tmp_path / "r"]
+    command("finetune.py", *flags)
+    assert "done before" in command("finetune.py", *flags).stdout
+    (tmp_path / "s/hi-0/tuned.safetensors").unlink()
+    line = command("finetune.py", *flags, status=2).stderr
+    assert f"{tmp_path}/s/hi-0: a weights file is missing" in line
+
+
 def test_a_saved_model_is_refused_on_another_encoder(table, moved_together):
     tuned, other = moved_together / "tuned/hi-0", str(table[7][0] / "primed")
     with pytest.raises(adapters.UserError, match=f"{tuned} was not tuned on {other}"):
