@@ -21,7 +21,7 @@ Batch = Any  # whatever the loss accepts
 Task = tuple[Batch, Batch]  # a support set and a query set
 Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
-HOOKS_ERROR = "activation checkpointing works neither with second_order nor with encode"
+NO_CHECKPOINTS = "activation checkpointing works neither with second_order nor with encode"
 
 def prime(
     model: nn.Module, *, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
@@ -40,17 +40,17 @@ def prime(
     batches: one list of (support, query) pairs per meta step; both sets are whatever `loss` accepts.
         Training ends when `batches` is exhausted or the caller breaks out of the loop.
     loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi,
-        plain tensors. Read them through `model`: references from before the call still hold θ.
+        plain tensors. Read them from `model`: parameters that you kept elsewhere still hold θ.
     optimizer, its scheduler: the "− β ∇" of line 9. The optimizer holds θp and θa, and not θh.
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
-    second_order: the exact meta-gradient, through the inner steps; fused attention does not support
-        it. Otherwise inner gradients are constants, so dθi/dθ = 1: §4.2's first-order approximation.
-    encode: for θa and θh that come after all of θp, such as an adapter on top. It is called once for
+    second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
+        approximation. If True, the exact meta-gradient, which fused attention does not support.
+    encode: for θa and θh that come after all of θp, such as an adapter on top. A step calls it once for
         all support sets (without gradients, unless second_order) and once for all query sets (with
         gradients, for θp), and returns as many sets, in the same order, with f(x; θp) instead of x.
         The inner steps then skip f, with the same result. Ignored with `maml`.
 
-    Raises ValueError for mistakes that would go unnoticed, in each step before it updates anything.
+    Each step, before it updates anything, raises ValueError for mistakes that would go unnoticed.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
@@ -73,7 +73,7 @@ def prime(
             # 7: end for
             # encode made one graph for all query sets: one backward pass after the last task
             if encode:
-                query_losses.append(f_theta.scalar_loss(theta_i, query))
+                query_losses.append(f_theta.loss(theta_i, query))
             else:  # this task's term of the sum in line 9
                 query_losses.append(f_theta.loss_after_backward(theta_i, query, outer_params))
             theta_of_first_task = theta_of_first_task or theta_i
@@ -94,45 +94,45 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: the model with parameters `theta` instead of its own, while forward runs. With
-    activation checkpointing the backward pass runs the model again, so that runs in forward too; where
-    it comes later (second_order, encode), checkpointing is refused. Tied parameters stay tied."""
+    """The paper's f_θ. `functional_call` runs forward with parameters `theta` instead of the model's.
+    Forward includes the backward pass, in which activation checkpointing runs the model again."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
-        self.model, self.loss, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
-        names = {p: name for part in sets.values() for name, p in part.items()}
-        # from the full names in this module, of which a tied parameter has several, to `names`
-        self.aliases = {
-            f"{path}.{n}": names[p] for path, module in self.named_modules()
-            for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in names}
+        self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
+        name_of = {p: name for part in sets.values() for name, p in part.items()}
+        # path of a parameter in this module (a tied one has several): its name in theta_p, _a or _h
+        self.names = {
+            f"{path}.{n}": name_of[p] for path, module in self.named_modules()
+            for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
-    def forward(self, batch, backward):
-        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(HOOKS_ERROR):
-            value = self.loss(self.model, batch)
-        scalar = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
-        require(scalar, f"loss must return a scalar that depends on the parameters, not {value}")
-        return backward(value)
+    def forward(self, batch, then):
+        # second_order and encode go backward later, without `theta`: checkpointing is an error there
+        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(NO_CHECKPOINTS):
+            loss = self.loss_function(self.model, batch)
+        scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+        require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
+        return then(loss)
 
-    def scalar_loss(self, theta, batch, backward=lambda value: value):
-        """L(f_θ, D), or what `backward` returns for it, which runs while `theta` is in the model."""
-        replaced = {alias: theta[name] for alias, name in self.aliases.items() if name in theta}
-        return functional_call(self, replaced, (batch, backward), tie_weights=False)
+    def loss(self, theta, batch, then=lambda loss: loss):
+        """L(f_θ, D), or then(L(f_θ, D)), computed before the model gets its own parameters back."""
+        replaced = {path: theta[name] for path, name in self.names.items() if name in theta}
+        return functional_call(self, replaced, (batch, then), tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
         options = {"inputs": [*theta.values()], "create_graph": create_graph, "allow_unused": True}
-        grads = self.scalar_loss(theta, batch, lambda value: torch.autograd.grad(value, **options))
+        grads = self.loss(theta, batch, then=lambda loss: torch.autograd.grad(loss, **options))
         grads = dict(zip(theta, grads))
         check_grads(grads, self.sets, "loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
 
     def loss_after_backward(self, theta, batch, outer_params):
         """L(f_θ, D), after its gradient has been added to the .grad of the outer parameters."""
-        def backward(value):
-            value.backward(inputs=outer_params)
-            return value.detach()
-        return self.scalar_loss(theta, batch, backward)
+        def backward(loss):
+            loss.backward(inputs=outer_params)
+            return loss.detach()
+        return self.loss(theta, batch, then=backward)
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and sum gradients in an optimizer hook")
+    require(not distributed, "pass model.module, and all-reduce .grad in an optimizer hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -186,10 +186,10 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError if `grads` has entries for a set's parameters, and all of them are None."""
+    """`grads` has gradients by name. Raises ValueError if it has those of a set, and all are None."""
     for set_name, part in sets.items():
-        reached = [grads[n] is not None for n in part if n in grads]
-        require(any(reached) or not reached, f"the {loss_name} does not depend on {set_name}")
+        used = any(grads[n] is not None for n in part if n in grads)
+        require(used or not grads.keys() & part.keys(), f"the {loss_name} does not depend on {set_name}")
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler
@@ -221,7 +221,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
-        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on that data (row 5)")
+        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on all sets (row 5)")
     add("--inner-steps", type=positive(int), default=5, help="S, per task (row 7: 1; ft has none)")
     add("--inner-lr", type=positive(float), default=0.03, help="α, the inner loop's rate, of SGD")
     add("--outer-lr", type=positive(float), default=5e-5, help="β, AdamW's rate, which falls to 0")
@@ -246,7 +246,7 @@ def main() -> None:
     min_sentences = args.support + args.query
     options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    # a resumed run may have other values of these; the contents of model and data are compared
+    # these may differ when a run is resumed; of model and data, `fingerprint` has the contents
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
