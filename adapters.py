@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        self.position_offset = None  # the encoder's first position id; None: do not pack
+        self.position_offset = None  # the first position id, if rows hold several sentences (pack)
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
         self.adapter = Adapter(config.hidden_size, bottleneck) if pe == "adapter" else nn.Identity()
@@ -71,7 +71,7 @@ class Tagger(nn.Module):
         """Packs sentences into rows. Returns the encoder's arguments and two tensors [rows, length]:
         the number of the sentence at each position (0: padding), and whether a word starts there."""
         packed, dtype = self.position_offset is not None, self.head.weight.dtype
-        capacity = 2 * max(len(s.input_ids) for s in sentences) if packed else 0  # 0: one per row
+        capacity = 2 * max(len(s.input_ids) for s in sentences) if packed else 0  # 0: one sentence per row
         rows = nn.utils.rnn.pad_sequence(pack(sentences, capacity), batch_first=True)
         sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
         inputs = {"input_ids": input_ids, "attention_mask": (sentence_ids > 0).long()}
@@ -90,7 +90,7 @@ class Tagger(nn.Module):
             with torch.autocast(layout[0].device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = self.encoder(**inputs).last_hidden_state  # [rows, length, hidden]
             features = unpack(hidden.to(self.head.weight.dtype), *layout)
-            encoded += [s._replace(features=words) for s, words in zip(chunk, features)]
+            encoded += [s._replace(features=f) for s, f in zip(chunk, features)]
         return encoded
 
     def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
@@ -137,21 +137,21 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # but see `faults`
+    logging.set_verbosity_error()  # checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline: a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
-        tokenizer("word").word_ids()  # Python-based tokenizers have none
-    config, mixing = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
+        tokenizer("word").word_ids()  # raises if it has no word ids
+    config, padding_leaks = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # weights of a layer more than config.json has; other unexpected keys are heads, and harmless
+    # an unexpected key of a layer that config.json does not have is a fault, one of a head is not
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
-    expect(config.model_type not in mixing, f"--model {name}: padding changes its features")
+    expect(config.model_type not in padding_leaks, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # special only: no vocabulary file
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # else it has no vocabulary file
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
     expect(max_length > special, f"--max-length must be above {special}, the special tokens")
@@ -185,14 +185,14 @@ def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Se
     return tokenized
 
 def read_split(data: str, language: str, split: str, types: list[str]) -> list[tuple]:
-    """Words and tag numbers of each sentence. `data` is a hub name, or a folder with a folder
-    per language of `train.txt`, … Raises UserError with file and line."""
+    """Words and tag numbers of each sentence. `data` is a hub name, or a folder with
+    `LANG/train.txt` and so on. Raises UserError with file and line."""
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
-    local = folder if folder.is_dir() else Path(data)
-    found = sorted(os.listdir(local)) if local.is_dir() else "the hub"
-    expect(file.exists() or found == "the hub", f"{local}: expected {language}/{file.name}, found {found}")
+    root = folder if folder.is_dir() else Path(data)
+    if root.is_dir() and not file.exists():
+        raise UserError(f"{root}: expected {language}/{file.name}, found {sorted(os.listdir(root))}")
     for location, word, tag in read_text(file) if file.exists() else read_hub(data, language, split):
         if word == tag == "":
             sentences.append([])
@@ -204,7 +204,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     return [tuple(map(list, zip(*sentence))) for sentence in sentences if sentence]
 
 def read_text(file: Path) -> Iterator[tuple]:
-    """Location, word (the first column) and tag (the last) of each line, empty between sentences.
+    """Location, word (the first column) and tag (the last) of each line; "" and "" of a blank line.
     Columns end at tabs if the file has any, else at spaces."""
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     separator = "\t" if b"\t" in data else " "
@@ -215,10 +215,10 @@ def read_text(file: Path) -> Iterator[tuple]:
         yield f"{file}:{number}", word, columns[-1] if columns else ""
 
 def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
-    """The same from the hub. A number that no ClassLabel names stays a number."""
+    """The same from the hub. A tag without a name stays a number, which is then refused."""
     from datasets import load_dataset
 
-    with error_context(f"--data {data}, {language} {split}: tokens, ner_tags"):
+    with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
         rows = [[*zip(*row, strict=True)] for row in zip(table["tokens"], table["ner_tags"])]
     kind = getattr(table.features["ner_tags"], "feature", None)
@@ -250,7 +250,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # of a failed write
         yield new
-        with suppress(FileNotFoundError):  # save_primed of an equal run deletes it
+        with suppress(FileNotFoundError):  # an equal run has finished and deleted it
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:
@@ -266,7 +266,7 @@ def claim(folder: Path, settings: dict) -> None:
 
 def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:
     """The JSON file of a run. Raises UserError if its settings differ from `settings` or, with
-    `check_weights`, if a weights file in its folder is not the one that it was written for."""
+    `check_weights`, if the folder's weights do not have the checksums in the record."""
     with error_context(f"{path}: expected the record of a run"):
         record = dict(json.loads(path.read_bytes()))
         same = not check_weights or record["files"] == file_checksums(path.parent)
@@ -302,7 +302,7 @@ def load_checkpoint(path: Path, device: str, stateful: tuple) -> list[float]:
     return losses
 
 def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losses: list) -> None:
-    """Writes θp* as `AutoModel` reads it, θa*, and last priming.json, which completes a folder."""
+    """Writes θp* as `AutoModel` reads it, θa*, and, to mark that all is written, priming.json."""
     with error_context(f"writing {folder}"):
         model.encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -325,13 +325,13 @@ def cli(main: Callable[[], None]) -> None:
 def common_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # unset: prime.py has MODEL_DEFAULTS, and finetune.py takes the primed folder's values
-    add, unset = parser.add_argument, argparse.SUPPRESS
-    add("--model", default=unset, help="encoder: hub name or folder")
+    # no default: prime.py has MODEL_DEFAULTS, finetune.py takes the values of the primed folder
+    add, no_default = parser.add_argument, argparse.SUPPRESS
+    add("--model", default=no_default, help="encoder: hub name or folder")
     add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
-    add("--types", default=unset, nargs="+", help="entity types, tagged B-X and I-X")
-    add("--pe", default=unset, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
-    add("--bottleneck", default=unset, type=positive(int), help="width of the adapter")
+    add("--types", default=no_default, nargs="+", help="entity types, tagged B-X and I-X")
+    add("--pe", default=no_default, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
+    add("--bottleneck", default=no_default, type=positive(int), help="width of the adapter")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")

@@ -25,7 +25,7 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
          "updated {updated:,} of {parameters:,} ({share:.4%})")
 
 def parse_arguments():
-    """The flags. A folder's settings replace the defaults; a flag must not contradict them."""
+    """The flags. With --init FOLDER, four come from there, and other values of them are an error."""
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
         "those of the folder --init, or else of prime.py. The paper gives the defaults of these, "
@@ -36,7 +36,7 @@ def parse_arguments():
         help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs up to N steps")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="adds epochs to reach N")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
@@ -70,13 +70,13 @@ def main() -> None:
     settings["primed_weights"] = args.priming.get("files")  # checksums
     runs, records = plan_runs(settings, args.seeds, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
-    for settings, result_file, save_folder, train, test in runs:
+    for run, result_file, save_folder, train, test in runs:
         record_file = save_folder / "tuned.json" if save_folder else result_file
         done = result_file.exists() and record_file.exists()
         if done:
-            record = read_record(record_file, settings, check_weights=bool(save_folder))
+            record = read_record(record_file, run, check_weights=bool(save_folder))
         else:
-            torch.manual_seed(settings["seed"])
+            torch.manual_seed(run["seed"])
             model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
             model.load_state_dict(model.state_dict() | state)
             theta_p, theta_a, theta_h = model.split_parameters()
@@ -85,17 +85,17 @@ def main() -> None:
                 p.requires_grad_(args.tune == "full")
             encoder_is_frozen = pe == "adapter" or args.tune == "head"
             if encoder_is_frozen and test[0].features is None:
-                train[:], test[:] = model.encode_sets([train, test])  # all seeds share these lists
+                train[:], test[:] = model.encode_sets([train, test])  # in place, for later seeds
             fine_tune(
                 model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
-                batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
-            record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
+                batch_size=args.batch_size, seed=run["seed"], dropout=args.tune == "full")
+            record = {**vars(args), **run, **evaluate(model, test, tag_names(args.types))}
             record |= {"train_sentences": len(train), "test_sentences": len(test)}
             updated, parameters = (sum(map(torch.numel, s.values())) for s in (tuned, theta_p | tuned))
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
         print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
-            save_run(result_file, save_folder, settings, record, model, tuned)
+            save_run(result_file, save_folder, run, record, model, tuned)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
@@ -127,7 +127,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     local_base = Path(folder) / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
-    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}
+    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}  # not compared
     expect(found.items() <= record.items(), f"{folder} was not tuned on {base}: pass its encoder")
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(

@@ -107,7 +107,7 @@ class FunctionalModel(nn.Module):
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, then):
-        # second_order and encode go backward later, without `theta`: checkpointing is an error there
+        # with second_order or encode a backward pass comes later, when `theta` is gone
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(NO_CHECKPOINTS):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
@@ -143,7 +143,7 @@ def support_and_query_sets(tasks, encode, second_order):
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        # autocast's copies of θp, made under no_grad, would have no gradient below
+        # if encode uses autocast, its copies of θp, made under no_grad, have no gradient below
         torch.clear_autocast_cache()
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and all-reduce .grad in an optimizer hook")
+    require(not distributed, "pass model.module, and sum .grad by register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")

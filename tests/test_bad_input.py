@@ -35,7 +35,7 @@ import finetune
         ("finetune.py", [*HINDI, *FROM_PRETRAINED, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", [*DEMO, "--device", "cuda:77"], "--device cuda:77: "),
         ("prime.py", ["--model", "no/where", "--data", "demo/wikiann"], "--model no/where (offline"),
-        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: tokens, ner_tags: ConnectionError: "),
+        ("prime.py", ["--model", "demo/encoder", "--data", "no/where"], "--data no/where, en train: expected tokens, ner_tags: ConnectionError: "),
         ("finetune.py", [*HINDI, "--init", "no/where"], "no/where/priming.json: expected "),
     ],
 )
