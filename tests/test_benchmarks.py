@@ -216,7 +216,8 @@ def test_table_1_is_that_of_its_runs(tmp_path, capsys):
     test.write_text(f"{repeated}\n\n{test.read_text()}")
 
     def run(script, *flags):
-        small = ["--limit-train", 50, "--support", 4, "--query", 4] if script == "prime.py" else []
+        tuning = ["--epochs", 1, "--min-steps", 150]
+        small = ["--limit-train", 50, "--support", 4, "--query", 4] if script == "prime.py" else tuning
         command(script, *flags, *small)
 
     settings = table1.Settings(
