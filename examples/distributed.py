@@ -4,8 +4,8 @@
 
 The gradients of line 9 are summed over all processes, and θh comes from the first task of process 0, so the
 result is that of prime.py except for rounding. Only --method ft depends on the number of processes, because
-each draws its own dropout masks. Process 0 writes the folder, as prime.py does. Unlike prime.py, this script
-keeps no checkpoints: an interrupted run starts again. With --device cuda there is one GPU per process.
+each draws its own dropout masks. Process 0 writes checkpoints and the folder, as prime.py does. An interrupted
+run of either resumes with any number of processes. With --device cuda there is one GPU per process.
 """
 
 import math
@@ -53,13 +53,14 @@ def main() -> None:
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
     options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    settings = {**vars(args), "processes": processes, **adapters.fingerprint(encoder, corpora)}
-    settings = {name: value for name, value in settings.items() if name != "output"}
+    not_compared = ("model", "data", "device", "output", "save_every")  # as in prime.py
+    settings = {name: value for name, value in vars(args).items() if name not in not_compared}
+    settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, device, args.bf16)
+    adapters.claim(args.output, settings)
     if (args.output / "priming.json").exists():
-        raise adapters.UserError(f"{args.output} is complete: choose another --output")
-    if rank == 0:
-        adapters.claim(args.output, settings)
+        adapters.read_record(args.output / "priming.json", check_weights=True)
+        return print(f"{args.output} is complete") if rank == 0 else None
     theta_p, theta_a, theta_h = model.split_parameters()
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # as in prime.py
@@ -68,7 +69,10 @@ def main() -> None:
         model.train()
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = prime.adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
-    batches = prime.sample_batches(corpora, args.steps, args.tasks, support, query, args.seed)
+    checkpoint, stateful = args.output / "checkpoint.pt", (model, optimizer, scheduler)
+    losses = adapters.load_checkpoint(checkpoint, device, stateful)
+    batches = prime.sample_batches(
+        corpora, args.steps, args.tasks, support, query, args.seed, start_step=len(losses))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")  # after all checks
     sum_over_processes(optimizer)
     meta_training = prime.prime(
@@ -76,16 +80,20 @@ def main() -> None:
         loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr,
         inner_steps=inner_steps, maml=args.method == "maml",
         encode=model.encode_sets if args.pe == "adapter" else None)
-    losses, silent = [], True if rank else None
-    for query_losses in tqdm(meta_training, "priming", args.steps, disable=silent):
+    silent = True if rank else None
+    for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=silent):
         for p in theta_h.values():
             dist.broadcast(p.data, 0)  # line 9: θh = θ1_h, of the first of all tasks
         loss = torch.tensor(sum(query_losses), device=device)
         dist.all_reduce(loss)
         losses.append(loss.item())
         adapters.expect(math.isfinite(losses[-1]), f"meta step {len(losses)}: lower --inner-lr or --outer-lr")
+        if rank == 0 and (len(losses) % args.save_every == 0 or len(losses) == args.steps):
+            with adapters.atomic_write(checkpoint) as new:
+                torch.save((losses, [part.state_dict() for part in stateful]), new)
     if rank == 0:
-        adapters.save_primed(args.output, model, tokenizer, {**vars(args), **settings}, losses)
+        record = {**vars(args), **settings, "processes": processes}
+        adapters.save_primed(args.output, model, tokenizer, record, losses)
         print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
     dist.destroy_process_group()
 

@@ -2,9 +2,12 @@
 
 import functools
 import os
+import shutil
+import signal
 import socket
 
 import torch
+from test_long_runs import killed_before_replacement
 from torch import nn
 
 import prime
@@ -24,8 +27,14 @@ def environment(rank, count, port):
     return {name: str(value) for name, value in values.items()}
 
 
-def set_environment(values):
+def prepare(values, fault):
     os.environ.update(values)
+    if fault:
+        fault()
+
+
+def killed_in_the_second_checkpoint():
+    killed_before_replacement(2)
 
 
 def free_port():
@@ -80,17 +89,18 @@ def test_two_processes_that_share_the_tasks_give_what_one_gives_in_each_case(tmp
             assert max((state[name] - alone[name]).abs().max() for name in alone) <= 1e-12, case
 
 
-def run_distributed(flags, folder, status=0):
-    """Two processes of examples/distributed.py as torchrun starts them; returns what each wrote to stderr."""
+def run_distributed(flags, folder, status=(0, 0), fault=None):
+    """Two processes of examples/distributed.py as torchrun starts them, the first after fault(); returns what
+    each wrote to stderr."""
     port = free_port()
     started = [
         start_process("examples/distributed.py", flags, folder / f"stderr{rank}",
-                      fault=functools.partial(set_environment, environment(rank, 2, port)))
+                      fault=functools.partial(prepare, environment(rank, 2, port), None if rank else fault))
         for rank in range(2)]
     for process in started:
         process.join()
     errors = [(folder / f"stderr{rank}").read_text() for rank in range(2)]
-    assert [process.exitcode for process in started] == [status, status], errors
+    assert tuple(process.exitcode for process in started) == status, errors
     return errors
 
 
@@ -111,9 +121,24 @@ def test_the_command_in_two_processes_writes_what_prime_py_writes(tmp_path):
                     torch.testing.assert_close(shared[name], alone[name], rtol=0, atol=1e-4)
 
 
+def test_an_interrupted_run_resumes_in_two_processes_to_the_same_bits_and_in_one_by_prime_py(tmp_path):
+    flags = [*DEMO, *FLAGS, "--save-every", 1]
+    run_distributed([*flags, "--output", tmp_path / "whole"], tmp_path)
+    run_distributed([*flags, "--output", tmp_path / "two"], tmp_path, (-signal.SIGKILL, 1),
+                    fault=killed_in_the_second_checkpoint)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert len(torch.load(tmp_path / "one/checkpoint.pt", weights_only=True)[0]) == 1
+    run_distributed([*flags, "--output", tmp_path / "two"], tmp_path)
+    command("prime.py", *flags, "--output", tmp_path / "one")
+    whole, two, one = (tensors(tmp_path / name) for name in ("whole", "two", "one"))
+    for name, value in whole.items():
+        assert torch.equal(two[name], value), name
+        torch.testing.assert_close(one[name], value, rtol=0, atol=1e-4 if "key.bias" not in name else 1)
+
+
 def test_bad_flags_end_each_process_before_any_of_them_waits(tmp_path):
     (tmp_path / "out").mkdir()
-    for error in run_distributed([*DEMO, *FLAGS, "--tasks", 3, "--output", tmp_path / "out"], tmp_path, 2):
+    for error in run_distributed([*DEMO, *FLAGS, "--tasks", 3, "--output", tmp_path / "out"], tmp_path, (2, 2)):
         assert error == "distributed.py: --tasks 3 is not a multiple of the 2 processes\n"
-    for error in run_distributed([*DEMO, *FLAGS, "--src", "xx", "--output", tmp_path / "out"], tmp_path, 2):
+    for error in run_distributed([*DEMO, *FLAGS, "--src", "xx", "--output", tmp_path / "out"], tmp_path, (2, 2)):
         assert "expected xx/train.txt" in error and len(error.splitlines()) == 1
