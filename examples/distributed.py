@@ -4,8 +4,8 @@
 
 The gradients of line 9 are summed over all processes, and θh comes from the first task of process 0, so the
 result is that of prime.py except for rounding. Only --method ft depends on the number of processes, because
-each draws its own dropout masks. Process 0 writes checkpoints and the folder, as prime.py does. An interrupted
-run of either resumes with any number of processes. With --device cuda there is one GPU per process.
+each draws its own dropout masks. Process 0 writes checkpoints and the folder, as prime.py does; both
+resume with any number of processes. With --device cuda there is one GPU per process.
 """
 
 import math

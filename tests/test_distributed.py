@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,12 +90,12 @@ def test_two_processes_that_share_the_tasks_give_what_one_gives_in_each_case(tmp
             assert max((state[name] - alone[name]).abs().max() for name in alone) <= 1e-12, case
 
 
-def run_distributed(flags, folder, status=(0, 0), fault=None):
-    """Two processes of examples/distributed.py as torchrun starts them, the first after fault(); returns what
-    each wrote to stderr."""
+def run_distributed(flags, folder, status=(0, 0), fault=None, script="examples/distributed.py"):
+    """Two processes of a script as torchrun starts them, the first after fault(); returns what each wrote to
+    stderr."""
     port = free_port()
     started = [
-        start_process("examples/distributed.py", flags, folder / f"stderr{rank}",
+        start_process(script, flags, folder / f"stderr{rank}", folder / f"stdout{rank}",
                       fault=functools.partial(prepare, environment(rank, 2, port), None if rank else fault))
         for rank in range(2)]
     for process in started:
@@ -142,3 +143,12 @@ def test_bad_flags_end_each_process_before_any_of_them_waits(tmp_path):
         assert error == "distributed.py: --tasks 3 is not a multiple of the 2 processes\n"
     for error in run_distributed([*DEMO, *FLAGS, "--src", "xx", "--output", tmp_path / "out"], tmp_path, (2, 2)):
         assert "expected xx/train.txt" in error and len(error.splitlines()) == 1
+
+
+def test_a_sharded_theta_p_gets_the_meta_gradient_of_one_process(tmp_path):
+    """By FSDP2, in float64. `prime` itself is compared with deep copies in test_substitution.py."""
+    flags = ["--layers", 1, "--hidden", 16, "--tasks", 2, "--sentences", 2, "--length", 4, "--rounds", 1]
+    run_distributed(flags, tmp_path, script="benchmarks/sharded_theta_p.py")
+    first, *timed = (tmp_path / "stdout0").read_text().splitlines()
+    assert float(re.search(r"θp sharded: (\S+) from one process", first)[1]) <= 1e-13
+    assert len(timed) == 3 and (tmp_path / "stdout1").read_text() == ""
