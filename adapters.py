@@ -50,7 +50,8 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        self.position_offset = None  # the first position id, if rows hold several sentences (pack)
+        # first position id where rows hold several sentences (see pack); None: one sentence per row
+        self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
         self.adapter = Adapter(config.hidden_size, bottleneck) if pe == "adapter" else nn.Identity()
@@ -137,21 +138,21 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # checked below
+    logging.set_verbosity_error()  # its warnings are errors below
     logging.disable_progress_bar()
-    with error_context(f"--model {name} (offline: a folder)"):
+    with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
         tokenizer("word").word_ids()  # raises if it has no word ids
     config, padding_leaks = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # an unexpected key of a layer that config.json does not have is a fault, one of a head is not
+    # unexpected weights of a head are no fault, but layer number `num_hidden_layers` is too much
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
     expect(config.model_type not in padding_leaks, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # else it has no vocabulary file
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # special only: a file is missing
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
     expect(max_length > special, f"--max-length must be above {special}, the special tokens")
@@ -215,7 +216,7 @@ def read_text(file: Path) -> Iterator[tuple]:
         yield f"{file}:{number}", word, columns[-1] if columns else ""
 
 def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
-    """The same from the hub. A tag without a name stays a number, which is then refused."""
+    """The same from the hub. Tags without names stay numbers, which `read_split` refuses."""
     from datasets import load_dataset
 
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
@@ -248,9 +249,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path, and renames it to `path` on success. Raises UserError on failure."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with error_context(f"writing {path}"), ExitStack() as stack:
-        stack.callback(new.unlink, missing_ok=True)  # of a failed write
+        stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # an equal run has finished and deleted it
+        with suppress(FileNotFoundError):  # save_primed of an equal run deletes *.new
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:

@@ -25,18 +25,17 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
          "updated {updated:,} of {parameters:,} ({share:.4%})")
 
 def parse_arguments():
-    """The flags. With --init FOLDER, four come from there, and other values of them are an error."""
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
-        "those of the folder --init, or else of prime.py. The paper gives the defaults of these, "
-        "of --data and of --tgt; the others are ours.")
+        "those of the folder --init, or else of prime.py. The paper gives the defaults of those "
+        "four flags, of --data and of --tgt; the others are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
         help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="adds epochs to reach N")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="least number of steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--seeds", type=positive(int, zero=True), nargs="+", default=[0], help="one run for each")
@@ -127,7 +126,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     local_base = Path(folder) / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
-    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}  # not compared
+    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}  # that is not compared
     expect(found.items() <= record.items(), f"{folder} was not tuned on {base}: pass its encoder")
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(

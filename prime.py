@@ -21,7 +21,7 @@ Batch = Any  # whatever the loss accepts
 Task = tuple[Batch, Batch]  # a support set and a query set
 Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
-NO_CHECKPOINTS = "activation checkpointing works neither with second_order nor with encode"
+CHECKPOINTING_ERROR = "activation checkpointing works neither with second_order nor with encode"
 
 def prime(
     model: nn.Module, *, theta_p: Parameters, theta_a: Parameters, theta_h: Parameters,
@@ -45,7 +45,7 @@ def prime(
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
         approximation. If True, the exact meta-gradient, which fused attention does not support.
-    encode: for θa and θh that come after all of θp, such as an adapter on top. A step calls it once for
+    encode: for θa and θh that come after all of θp, like an adapter on top. A step calls it once for
         all support sets (without gradients, unless second_order) and once for all query sets (with
         gradients, for θp), and returns as many sets, in the same order, with f(x; θp) instead of x.
         The inner steps then skip f, with the same result. Ignored with `maml`.
@@ -65,7 +65,7 @@ def prime(
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
         for support, query in zip(supports, queries):  # 3: for all Ti in T do
-            # clone() keeps the graph, through which line 9's gradient at θi reaches θ
+            # clone(), not detach(): the backward pass of line 9 goes from θi on to θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
@@ -88,34 +88,34 @@ def prime(
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
         if scheduler:
             scheduler.step()
-        torch.clear_autocast_cache()  # of low-precision copies of the old θp
+        torch.clear_autocast_cache()  # autocast caches casts of the old θp
         yield [query_loss.item() for query_loss in query_losses]
     # 10: end while
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ. `functional_call` runs forward with parameters `theta` instead of the model's.
-    Forward includes the backward pass, in which activation checkpointing runs the model again."""
+    """The paper's f_θ. `functional_call` runs `forward` with parameters `theta` in the model. It also
+    runs the backward pass there, in which activation checkpointing calls the model again."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # path of a parameter in this module (a tied one has several): its name in theta_p, _a or _h
+        # from "model.head.weight", a path (tied weights have several), to the name in theta_*
         self.names = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, then):
-        # with second_order or encode a backward pass comes later, when `theta` is gone
-        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(NO_CHECKPOINTS):
+        # else checkpointing is an error: a later backward pass would rerun it without `theta`
+        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
         return then(loss)
 
     def loss(self, theta, batch, then=lambda loss: loss):
-        """L(f_θ, D), or then(L(f_θ, D)), computed before the model gets its own parameters back."""
+        """then(L(f_θ, D)), by default L(f_θ, D). While `then` runs, `theta` is in the model."""
         replaced = {path: theta[name] for path, name in self.names.items() if name in theta}
         return functional_call(self, replaced, (batch, then), tie_weights=False)
 
@@ -143,7 +143,7 @@ def support_and_query_sets(tasks, encode, second_order):
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        # if encode uses autocast, its copies of θp, made under no_grad, have no gradient below
+        # autocast caches its casts of θp; those made without gradients would cut off θp below
         torch.clear_autocast_cache()
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and sum .grad by register_step_pre_hook")
+    require(not distributed, "pass model.module, and sum .grad over processes in a hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -167,7 +167,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not metric, "ReduceLROnPlateau needs a metric: step it in your own loop")
     named = all(isinstance(part, Mapping) for part in sets.values())
     require(named, "theta_p, theta_a and theta_h must be dicts of parameters")
-    if inner_steps:  # S = 0 is plain fine-tuning, of any parameters
+    if inner_steps:  # S = 0 is plain fine-tuning
         require(sets["theta_p"], "theta_p is empty: did a PE library freeze it?")
         require(sets["theta_a"] or sets["theta_h"], "theta_a and theta_h are empty")
     model_params = dict(model.named_parameters(remove_duplicate=False))
@@ -186,7 +186,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """`grads` has gradients by name. Raises ValueError if it has those of a set, and all are None."""
+    """Raises ValueError for a set with parameters in `grads`, but a gradient for none of them."""
     for set_name, part in sets.items():
         used = any(grads[n] is not None for n in part if n in grads)
         require(used or not grads.keys() & part.keys(), f"the {loss_name} does not depend on {set_name}")
@@ -246,7 +246,7 @@ def main() -> None:
     min_sentences = args.support + args.query
     options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    # these may differ when a run is resumed; of model and data, `fingerprint` has the contents
+    # a resumed run may change these; `fingerprint` compares the contents of model and data
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)

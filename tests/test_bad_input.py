@@ -82,7 +82,7 @@ def broken_folders(tmp_path, primed, tuned):
 
     model = ["--init", "none", "--model"]
     yield [*model, copied("no-tokenizer", without=["tokenizer*"])], "no-tokenizer: the tokenizer has "
-    yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline: a folder): OSError"
+    yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline, give a folder): OSError"
     few = save_encoder(random_encoder("Bert", 1000), tmp_path / "few")
     yield [*model, few], "few: the tokenizer has 1834 word pieces, the encoder 1000"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record/priming.json: expected"
