@@ -15,11 +15,12 @@
     tokenizer = AutoTokenizer.from_pretrained("tuned-lora")
     tagger = pipeline("token-classification", model=model, tokenizer=tokenizer)
 
-An interrupted command starts again from the beginning: unlike prime.py, this script keeps no checkpoints.
+`prime` keeps checkpoints as prime.py does: the same command again resumes an interrupted run.
 """
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -70,13 +71,20 @@ def split_parameters(model: adapters.Tagger) -> adapters.ParameterSets:
 
 
 def prime_lora(args) -> None:
-    """Algorithm 1 (or FT priming) with LoRA as θa. It is inside of f, so each inner step runs the encoder."""
+    """Algorithm 1 or an ablation with LoRA as θa. It is inside of f, so each inner step runs the encoder."""
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
     options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
+    not_compared = ("model", "data", "device", "output", "save_every")  # as in prime.py
+    settings = {name: value for name, value in vars(args).items() if name not in not_compared}
+    settings |= adapters.fingerprint(encoder, corpora)
     lora = add_lora(encoder, args.rank)
-    model = adapters.build_tagger(lora, args.types, None, 0, args.device)
+    model = adapters.build_tagger(lora, args.types, None, 0, args.device, args.bf16)
+    adapters.claim(args.output, settings)
+    if (args.output / "priming.json").exists():
+        adapters.read_record(args.output / "priming.json", check_weights=True)
+        return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = split_parameters(model)
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # as in prime.py
@@ -85,19 +93,31 @@ def prime_lora(args) -> None:
         model.train()
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = prime.adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
+    checkpoint, stateful = args.output / "checkpoint.pt", (model, optimizer, scheduler)
+    losses = adapters.load_checkpoint(checkpoint, args.device, stateful)
+    batches = prime.sample_batches(
+        corpora, args.steps, args.tasks, support, query, args.seed, start_step=len(losses))
     meta_training = prime.prime(
-        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h,
-        batches=prime.sample_batches(corpora, args.steps, args.tasks, support, query, args.seed),
-        loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler,
-        inner_lr=args.inner_lr, inner_steps=inner_steps)
-    losses = [sum(query_losses) for query_losses in tqdm(meta_training, "priming", args.steps, disable=None)]
+        model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches, loss=adapters.tag_loss,
+        optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr, inner_steps=inner_steps,
+        maml=args.method == "maml")
+    for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=None):
+        losses.append(sum(query_losses))
+        message = f"meta step {len(losses)}: lower --inner-lr or --outer-lr"
+        adapters.expect(math.isfinite(losses[-1]), message)
+        if len(losses) % args.save_every == 0 or len(losses) == args.steps:
+            with adapters.atomic_write(checkpoint) as new:
+                torch.save((losses, [part.state_dict() for part in stateful]), new)
     lora.peft_config["default"].base_model_name_or_path = str(args.output)  # not the pretrained encoder
     with adapters.error_context(f"writing {args.output}"):
         lora.save_pretrained(args.output / "lora")
         tokenizer.save_pretrained(args.output)
         lora.unload().save_pretrained(args.output)
-    record = {**vars(args), "losses": losses[-10:], "files": adapters.file_checksums(args.output)}
+    record = {**vars(args), **settings, "last_losses": losses[-10:]}
+    record["files"] = adapters.file_checksums(args.output)
     adapters.write_record(args.output / "priming.json", record)
+    for path in [checkpoint, *args.output.glob("*.new")]:
+        path.unlink(missing_ok=True)
     print(f"{args.output}: {args.steps} steps; query loss {losses[0]:.3f} → {losses[-1]:.3f}")
 
 
@@ -176,10 +196,12 @@ def main() -> None:
         add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
         add("--limit-train", type=positive(int), help="only the first N training sentences")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-        add("--seed", type=positive(int, zero=True), default=0, help="for initial weights and sampling")
+        add("--bf16", action="store_true", help="run the encoder in bfloat16")
+        add("--seed", type=positive(int, zero=True), default=0, help="of weights and sampling")
     add = commands.choices["prime"].add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
-    add("--method", choices=["meta", "ft"], default="meta", help="Algorithm 1, or plain fine-tuning")
+    add("--method", choices=["meta", "maml", "ft"], default="meta",
+        help="Algorithm 1, its MAML loop, or plain fine-tuning")
     add("--inner-steps", type=positive(int), default=5, help="S")
     add("--inner-lr", type=positive(float), default=0.03, help="α")
     add("--outer-lr", type=positive(float), default=5e-5, help="β")
@@ -187,12 +209,13 @@ def main() -> None:
     add("--tasks", type=positive(int), default=2, help="tasks per meta step")
     add("--support", type=positive(int), default=16, help="support sentences per task")
     add("--query", type=positive(int), default=16, help="query sentences per task")
-    add("--output", type=Path, default=Path("primed-lora"), help="new folder for θp* and θa*")
+    add("--save-every", type=positive(int), default=100, help="meta steps between checkpoints")
+    add("--output", type=Path, default=Path("primed-lora"), help="folder for θp* and θa*")
     add = commands.choices["tune"].add_argument
     add("--tgt", default="hi", metavar="LANG", help="target language")
     add("--init", default="primed-lora", help="folder of `lora.py prime`, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the training sentences")
-    add("--min-steps", type=positive(int, zero=True), default=0, help="add epochs for at least N steps")
+    add("--min-steps", type=positive(int, zero=True), default=0, help="least number of steps")
     add("--lr", type=positive(float), default=1e-3, help="AdamW's rate, which falls to 0")
     add("--batch-size", type=positive(int), default=16, help="sentences per step")
     add("--split", choices=["test", "validation"], default="test", help="split to score")
@@ -200,9 +223,9 @@ def main() -> None:
     add("--save", type=Path, help="new folder for the tuned LoRA and head")
     add("--results", type=Path, help="file to which the score is appended, as a line of JSON")
     args = parser.parse_args()
-    output = vars(args).get("output") or vars(args).get("save")
-    if output and output.exists():
-        raise adapters.UserError(f"{output} already exists: choose another folder")
+    save = vars(args).get("save")
+    if save and save.exists():
+        raise adapters.UserError(f"{save} already exists: choose another folder")
     run = vars(args).pop("function")
     run(args)
 

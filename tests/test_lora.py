@@ -3,16 +3,18 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from seqeval.metrics import f1_score
+from test_long_runs import killed_before_the_second_checkpoint_gets_its_name
 
 import adapters
 import prime
-from conftest import DEMO, TAGS, TYPES, command, needs_peft, random_encoder, save_encoder
+from conftest import DEMO, TAGS, TYPES, command, needs_peft, random_encoder, run_process, save_encoder
 
 SMALL = [*DEMO, "--limit-train", 50, "--support", 4, "--query", 4]
 LOAD = """
@@ -158,11 +160,30 @@ def test_lora_is_on_all_linear_layers_but_the_poolers_where_peft_has_no_default(
 
 def test_without_peft_and_with_an_existing_folder_there_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    for action, flag in (("prime", "--output"), ("tune", "--save")):
+    (tmp_path / "mine/file").write_text("")
+    for action, flag, problem in (("prime", "--output", "holds other files"), ("tune", "--save", "already exists")):
         (line,) = command(
             "examples/lora.py", action, *DEMO, flag, tmp_path / "mine", status=2).stderr.splitlines()
-        assert "mine already exists: choose another folder" in line
+        assert f"mine {problem}: choose another folder" in line
     monkeypatch.setitem(sys.modules, "peft", None)
     (line,) = command(
         "examples/lora.py", "prime", *SMALL, "--output", tmp_path / "out", status=2).stderr.splitlines()
     assert "pip install peft" in line and not (tmp_path / "out").exists()
+
+
+@needs_peft
+@pytest.mark.parametrize("method", ["meta", "maml", "ft"])
+def test_an_interrupted_run_resumes_to_the_same_bits(method, tmp_path):
+    flags = ["prime", *SMALL, "--steps", 3, "--save-every", 1, "--method", method, "--output"]
+    command("examples/lora.py", *flags, tmp_path / "whole")
+    run_process("examples/lora.py", [*flags, tmp_path / "resumed"], tmp_path / "stderr", -signal.SIGKILL,
+                fault=killed_before_the_second_checkpoint_gets_its_name)
+    assert (tmp_path / "resumed/checkpoint.pt").exists()
+    command("examples/lora.py", *flags, tmp_path / "resumed")
+    for file in ("model.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / "resumed/checkpoint.pt").exists()
+    again = command("examples/lora.py", *flags, tmp_path / "resumed")
+    assert again.stdout == f"{tmp_path}/resumed is complete\n"
+    line = command("examples/lora.py", *flags, tmp_path / "resumed", "--inner-lr", 0.5, status=2).stderr
+    assert "holds a run with inner-lr 0.03 (now 0.5)" in line
