@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # first position id where rows hold several sentences (see pack); None: one sentence per row
+        # start of position ids in packed rows (BERT 0, RoBERTa padding_idx + 1); None: no packing
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -138,7 +138,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # its warnings are errors below
+    logging.set_verbosity_error()  # what it says is checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
@@ -146,13 +146,13 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises if it has no word ids
     config, padding_leaks = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # unexpected weights of a head are no fault, but layer number `num_hidden_layers` is too much
+    # extra weights of a head are fine, but a layer numbered `num_hidden_layers` is one too many
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
     expect(config.model_type not in padding_leaks, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # special only: a file is missing
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # not special tokens only
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
     expect(max_length > special, f"--max-length must be above {special}, the special tokens")
@@ -165,7 +165,7 @@ def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
-    """The first `limit` sentences of a split, tokenized; in "train" only those with a word piece."""
+    """The first `limit` sentences of a split, tokenized; of "train" those with a word piece."""
     sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
     sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
     found = f"{len(sentences)} sentences, {min_sentences} are needed"
@@ -221,7 +221,7 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
 
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
-        rows = [[*zip(*row, strict=True)] for row in zip(table["tokens"], table["ner_tags"])]
+        rows = [list(zip(*row, strict=True)) for row in zip(table["tokens"], table["ner_tags"])]
     kind = getattr(table.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(kind, "names", [])))
     for number, row in enumerate(rows, start=1):
@@ -251,7 +251,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # save_primed of an equal run deletes *.new
+        with suppress(FileNotFoundError):  # a process with equal settings has removed it
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:
@@ -277,13 +277,13 @@ def read_record(path: Path, settings: dict | None = None, check_weights: bool = 
         expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")
     return record
 
-def fingerprint(encoder: nn.Module, sentences: Any) -> dict:
-    """Checksums of the encoder's weights, of its configuration, and of the sentences."""
+def fingerprint(encoder: nn.Module, sentences: Any = None) -> dict:
+    """Checksums of the encoder's weights and configuration, and of sentences if there are any."""
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
     config = [item for item in encoder.config.to_dict().items() if item[0] not in ignored]
     weights = [zlib.crc32(p.detach().cpu().numpy()) for p in encoder.parameters()]
     parts = {"weights": weights, "configuration": sorted(config), "sentences": sentences}
-    return {name: zlib.crc32(repr(part).encode()) for name, part in parts.items()}
+    return {name: zlib.crc32(repr(part).encode()) for name, part in parts.items() if part}
 
 def file_checksums(folder: Path) -> dict:
     return {file.name: zlib.crc32(file.read_bytes()) for file in folder.glob("*.safetensors")}

@@ -32,7 +32,7 @@ def parse_arguments():
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
-        help="adapter: tune θa and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
+        help="adapter: θa (see --pe) and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
     add("--min-steps", type=positive(int, zero=True), default=0, help="least number of steps")
@@ -70,7 +70,7 @@ def main() -> None:
     runs, records = plan_runs(settings, args.seeds, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for run, result_file, save_folder, train, test in runs:
-        record_file = save_folder / "tuned.json" if save_folder else result_file
+        record_file = save_folder / "tuned.json" if save_folder else result_file  # has checksums
         done = result_file.exists() and record_file.exists()
         if done:
             record = read_record(record_file, run, check_weights=bool(save_folder))
@@ -126,8 +126,8 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     local_base = Path(folder) / record["base"]
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
-    found = adapters.fingerprint(encoder, []) | {"sentences": record["sentences"]}  # that is not compared
-    expect(found.items() <= record.items(), f"{folder} was not tuned on {base}: pass its encoder")
+    same = adapters.fingerprint(encoder).items() <= record.items()
+    expect(same, f"{folder} was not tuned on {base}: pass its encoder")
     pe = record["pe"] if record["tune"] == "adapter" else None
     model = adapters.build_tagger(
         encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
@@ -136,7 +136,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     return model, tokenizer, tag_names(record["types"])
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
-    """Plain fine-tuning of the parameters in `tuned`: AdamW on shuffled batches, for some epochs."""
+    """Plain fine-tuning of the parameters in `tuned`: epochs of AdamW on shuffled batches."""
     batches = []
     for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))

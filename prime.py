@@ -45,10 +45,10 @@ def prime(
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
         approximation. If True, the exact meta-gradient, which fused attention does not support.
-    encode: for θa and θh that come after all of θp, like an adapter on top. A step calls it once for
-        all support sets (without gradients, unless second_order) and once for all query sets (with
-        gradients, for θp), and returns as many sets, in the same order, with f(x; θp) instead of x.
-        The inner steps then skip f, with the same result. Ignored with `maml`.
+    encode: replaces x by f(x; θp) in a list of sets, and returns as many, in the same order. For θa
+        and θh that come after all of θp, like an adapter on top. Each step calls it for all support
+        sets (without gradients, unless second_order), then for all query sets (with gradients, for
+        θp). The inner steps then skip f, with the same result. Ignored with `maml`.
 
     Each step, before it updates anything, raises ValueError for mistakes that would go unnoticed.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
@@ -82,7 +82,7 @@ def prime(
             sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
         # not in the paper: stop if no gradient reaches θp or θa
         grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
-        check_grads(grads, sets, "sum of the query losses")
+        check_grads(grads, sets, "the sum of the query losses")
         optimizer.step()  # 9: θa and θp
         for name, p in theta_h.items():
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
@@ -94,37 +94,37 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ. `functional_call` runs `forward` with parameters `theta` in the model. It also
-    runs the backward pass there, in which activation checkpointing calls the model again."""
+    """The paper's f_θ: `functional_call` runs `forward` with `theta` as parameters of the model. The
+    backward pass, `after_loss`, runs in it too: activation checkpointing reruns the model there."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # from "model.head.weight", a path (tied weights have several), to the name in theta_*
+        # path here ("model.head.weight") to name in theta_* ("head.weight"); several if tied
         self.names = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
-    def forward(self, batch, then):
-        # else checkpointing is an error: a later backward pass would rerun it without `theta`
+    def forward(self, batch, after_loss):
+        # forbid checkpointing if a backward pass runs later (second_order, encode), without `theta`
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
-        return then(loss)
+        return after_loss(loss)
 
-    def loss(self, theta, batch, then=lambda loss: loss):
-        """then(L(f_θ, D)), by default L(f_θ, D). While `then` runs, `theta` is in the model."""
+    def loss(self, theta, batch, after_loss=lambda loss: loss):
+        """after_loss(L(f_θ, D)), by default the loss itself. Both run with `theta` in the model."""
         replaced = {path: theta[name] for path, name in self.names.items() if name in theta}
-        return functional_call(self, replaced, (batch, then), tie_weights=False)
+        return functional_call(self, replaced, (batch, after_loss), tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
         options = {"inputs": [*theta.values()], "create_graph": create_graph, "allow_unused": True}
-        grads = self.loss(theta, batch, then=lambda loss: torch.autograd.grad(loss, **options))
+        grads = self.loss(theta, batch, lambda loss: torch.autograd.grad(loss, **options))
         grads = dict(zip(theta, grads))
-        check_grads(grads, self.sets, "loss of a support set")
+        check_grads(grads, self.sets, "the loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
 
     def loss_after_backward(self, theta, batch, outer_params):
@@ -132,7 +132,7 @@ class FunctionalModel(nn.Module):
         def backward(loss):
             loss.backward(inputs=outer_params)
             return loss.detach()
-        return self.loss(theta, batch, then=backward)
+        return self.loss(theta, batch, after_loss=backward)
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
@@ -143,13 +143,13 @@ def support_and_query_sets(tasks, encode, second_order):
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        # autocast caches its casts of θp; those made without gradients would cut off θp below
+        # else autocast would reuse casts of θp that it has made and cached without gradients
         torch.clear_autocast_cache()
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
     reusable = not any(isinstance(batch, Iterator) for batch in supports)
-    require(reusable, "support sets must not be generators: each step reads them")
+    require(reusable, "support sets must not be generators: inner steps read them")
     return supports, queries
 
 def require(condition: Any, message: str) -> None:
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and sum .grad over processes in a hook")
+    require(not distributed, "pass model.module, and sum .grad in register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -167,7 +167,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not metric, "ReduceLROnPlateau needs a metric: step it in your own loop")
     named = all(isinstance(part, Mapping) for part in sets.values())
     require(named, "theta_p, theta_a and theta_h must be dicts of parameters")
-    if inner_steps:  # S = 0 is plain fine-tuning
+    if inner_steps:  # else it is plain fine-tuning, and sets may be empty
         require(sets["theta_p"], "theta_p is empty: did a PE library freeze it?")
         require(sets["theta_a"] or sets["theta_h"], "theta_a and theta_h are empty")
     model_params = dict(model.named_parameters(remove_duplicate=False))
@@ -186,10 +186,10 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError for a set with parameters in `grads`, but a gradient for none of them."""
+    """Raises ValueError if all entries of a set in `grads` are None. Sets may be absent."""
     for set_name, part in sets.items():
-        used = any(grads[n] is not None for n in part if n in grads)
-        require(used or not grads.keys() & part.keys(), f"the {loss_name} does not depend on {set_name}")
+        found = [grads[n] for n in part if n in grads]
+        require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler
@@ -201,9 +201,9 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
-    """A list of (support, query) pairs, the tasks, per meta step. A task's sets are disjoint samples of
-    one corpus (a language), and corpora alternate. A step depends on `seed` and its number alone: a
-    resumed run draws the same sentences and, in FT priming, the same dropout masks."""
+    """Yields a list of (support, query) pairs per meta step. `tasks`, `support`, `query` are counts. A
+    task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step depends
+    on `seed` and its number alone: a resumed run draws the same sentences and dropout masks."""
     for step in range(start_step, steps):
         rng, batch = random.Random(f"{seed} {step}"), []
         for task in range(step * tasks, (step + 1) * tasks):
@@ -246,7 +246,7 @@ def main() -> None:
     min_sentences = args.support + args.query
     options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    # a resumed run may change these; `fingerprint` compares the contents of model and data
+    # a resumed run may change these; of model and data it must have the same checksums
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
