@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # start of position ids in packed rows (BERT 0, RoBERTa padding_idx + 1); None: no packing
+        # rows are packed for these encoders: position ids start at 0, or RoBERTa's padding_idx + 1
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -107,7 +107,7 @@ class Tagger(nn.Module):
 
 def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
     """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
-    A sentence goes to the first row that then uses at most `capacity` positions, or to a new row."""
+    A sentence goes to the first row in which it fits within `capacity`, or else to a new row."""
     rows = [[] for _ in sentences]
     for number, sentence in enumerate(sentences, start=1):
         length, starts = len(sentence.input_ids), {*sentence.word_starts}
@@ -138,7 +138,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # what it says is checked below
+    logging.set_verbosity_error()  # its warnings: checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
@@ -152,7 +152,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     expect(config.model_type not in padding_leaks, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # not special tokens only
+    fits = len(tokenizer.all_special_ids) < pieces <= known  # more than special tokens
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
     expect(max_length > special, f"--max-length must be above {special}, the special tokens")
@@ -165,7 +165,7 @@ def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
-    """The first `limit` sentences of a split, tokenized; of "train" those with a word piece."""
+    """Tokenizes the first `limit` sentences of a split; of "train", drops those without a piece."""
     sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
     sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
     found = f"{len(sentences)} sentences, {min_sentences} are needed"
@@ -251,11 +251,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # a process with equal settings has removed it
+        with suppress(FileNotFoundError):  # deleted by save_primed of an equal process
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:
-    """Makes a folder this run's, by a file of its settings. Raises UserError if it is another's."""
+    """Reserves a folder by writing settings.json. Raises UserError if it has other settings."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

@@ -65,17 +65,17 @@ def main() -> None:
         test = load_sentences(args.data, language, args.split, *options, args.limit_test)
         data[language] = train, test
     not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
-    settings = {n: v for n, v in vars(args).items() if n not in not_compared}
-    settings["primed_weights"] = args.priming.get("files")  # checksums
-    runs, records = plan_runs(settings, args.seeds, data, encoder, args.results, args.save), []
+    common = {n: v for n, v in vars(args).items() if n not in not_compared}
+    common["primed_weights"] = args.priming.get("files")  # checksums
+    runs, records = plan_runs(common, args.seeds, data, encoder, args.results, args.save), []
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
-    for run, result_file, save_folder, train, test in runs:
-        record_file = save_folder / "tuned.json" if save_folder else result_file  # has checksums
+    for settings, result_file, save_folder, train, test in runs:
+        record_file = save_folder / "tuned.json" if save_folder else result_file
         done = result_file.exists() and record_file.exists()
         if done:
-            record = read_record(record_file, run, check_weights=bool(save_folder))
+            record = read_record(record_file, settings, check_weights=bool(save_folder))
         else:
-            torch.manual_seed(run["seed"])
+            torch.manual_seed(settings["seed"])
             model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
             model.load_state_dict(model.state_dict() | state)
             theta_p, theta_a, theta_h = model.split_parameters()
@@ -87,21 +87,21 @@ def main() -> None:
                 train[:], test[:] = model.encode_sets([train, test])  # in place, for later seeds
             fine_tune(
                 model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
-                batch_size=args.batch_size, seed=run["seed"], dropout=args.tune == "full")
-            record = {**vars(args), **run, **evaluate(model, test, tag_names(args.types))}
+                batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
+            record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
             record |= {"train_sentences": len(train), "test_sentences": len(test)}
             updated, parameters = (sum(map(torch.numel, s.values())) for s in (tuned, theta_p | tuned))
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
         print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
-            save_run(result_file, save_folder, run, record, model, tuned)
+            save_run(result_file, save_folder, settings, record, model, tuned)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
         table = f1.agg(F1="mean", std="std", seeds="size").reset_index()
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
-def plan_runs(settings, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
+def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
     """Settings, result file, folder of --save, training and test sentences of each run. Raises
     UserError if a folder is another run's, and OSError if one cannot be written."""
     for parent in (results, save or results):
@@ -109,14 +109,14 @@ def plan_runs(settings, seeds, data, encoder, results: Path, save: Path | None) 
         tempfile.TemporaryFile(dir=parent).close()
     runs = []
     for language, (train, test) in data.items():
-        shared = settings | {"target": language} | adapters.fingerprint(encoder, (train, test))
+        shared = common | {"target": language} | adapters.fingerprint(encoder, (train, test))
         for seed in dict.fromkeys(seeds):
-            run, name = shared | {"seed": seed}, f"{language}-{seed}"
-            result = results / f"{name}-{zlib.crc32(repr(run).encode())}.json"
+            settings, name = shared | {"seed": seed}, f"{language}-{seed}"
+            result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, run)
-            runs.append((run, result, folder, train, test))
+                adapters.claim(folder, settings)
+            runs.append((settings, result, folder, train, test))
     return runs
 
 def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:

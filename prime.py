@@ -45,12 +45,12 @@ def prime(
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
         approximation. If True, the exact meta-gradient, which fused attention does not support.
-    encode: replaces x by f(x; θp) in a list of sets, and returns as many, in the same order. For θa
-        and θh that come after all of θp, like an adapter on top. Each step calls it for all support
+    encode: encode(sets) returns the same sets, in order, with f(x; θp) instead of x. Give it only if
+        θa and θh come after all of θp, like an adapter on top. Each meta step calls it for all support
         sets (without gradients, unless second_order), then for all query sets (with gradients, for
         θp). The inner steps then skip f, with the same result. Ignored with `maml`.
 
-    Each step, before it updates anything, raises ValueError for mistakes that would go unnoticed.
+    Before each update, raises ValueError for mistakes that would otherwise give a wrong result.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
@@ -65,7 +65,7 @@ def prime(
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
         for support, query in zip(supports, queries):  # 3: for all Ti in T do
-            # clone(), not detach(): the backward pass of line 9 goes from θi on to θ
+            # θi is a copy through which the backward pass of line 9 reaches θ: not detach()
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
@@ -94,20 +94,20 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: `functional_call` runs `forward` with `theta` as parameters of the model. The
-    backward pass, `after_loss`, runs in it too: activation checkpointing reruns the model there."""
+    """The paper's f_θ: losses with `theta` as the parameters of the model. The backward pass must run
+    inside `functional_call` too, as `after_loss`: activation checkpointing reruns the model in it."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # path here ("model.head.weight") to name in theta_* ("head.weight"); several if tied
+        # {path in this module, like "model.head.weight": name in theta_*, like "head.weight"}
         self.names = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, after_loss):
-        # forbid checkpointing if a backward pass runs later (second_order, encode), without `theta`
+        # if a backward pass comes after this call, checkpointing would rerun the model with θ
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
@@ -143,13 +143,13 @@ def support_and_query_sets(tasks, encode, second_order):
     if encode:
         with torch.set_grad_enabled(second_order):
             supports = list(encode(supports))
-        # else autocast would reuse casts of θp that it has made and cached without gradients
+        # drop casts of θp that autocast has cached without gradients: queries would reuse them
         torch.clear_autocast_cache()
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
     reusable = not any(isinstance(batch, Iterator) for batch in supports)
-    require(reusable, "support sets must not be generators: inner steps read them")
+    require(reusable, "support sets must not be generators: steps reread them")
     return supports, queries
 
 def require(condition: Any, message: str) -> None:
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module, and sum .grad in register_step_pre_hook")
+    require(not distributed, "pass model.module; sum .grad in optimizer.register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -186,7 +186,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError if all entries of a set in `grads` are None. Sets may be absent."""
+    """Raises ValueError if no parameter of a set has a gradient. Sets that `grads` lacks are skipped."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
@@ -222,7 +222,7 @@ def parse_arguments():
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
         "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on all sets (row 5)")
-    add("--inner-steps", type=positive(int), default=5, help="S, per task (row 7: 1; ft has none)")
+    add("--inner-steps", type=positive(int), default=5, help="S, per task (row 7: 1)")
     add("--inner-lr", type=positive(float), default=0.03, help="α, the inner loop's rate, of SGD")
     add("--outer-lr", type=positive(float), default=5e-5, help="β, AdamW's rate, which falls to 0")
     add("--steps", type=positive(int), default=1000, help="meta steps")
@@ -246,7 +246,7 @@ def main() -> None:
     min_sentences = args.support + args.query
     options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
-    # a resumed run may change these; of model and data it must have the same checksums
+    # a resumed run may change these: model and data are compared by content, not by name
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
