@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))  # or copy prime.py to your project
 from prime import adamw_with_linear_decay, prime
 
-META_STEPS, TASKS, INNER_LR = 2000, 4, 0.01
+META_STEPS, TASKS, INNER_LR = 1500, 4, 0.01
 
 
 def sample_wave():
