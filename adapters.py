@@ -115,12 +115,10 @@ def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
         row += [(number, piece, k, k in starts) for k, piece in enumerate(sentence.input_ids)]
     return [torch.tensor(row) for row in rows if row]
 
-def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> tuple[Tensor, ...]:
+def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> list[Tensor]:
     """The features of each sentence, [words, hidden], from hidden states [rows, length, hidden]."""
-    # pack() may put a later sentence into an earlier row, so restore the order of the sentences
-    sentence_of_word, order = sentence_ids[is_word_start].sort(stable=True)
-    counts = sentence_of_word.bincount(minlength=int(sentence_ids.max()) + 1)[1:]
-    return hidden[is_word_start][order].split(counts.tolist())
+    features, sentence_of_word = hidden[is_word_start], sentence_ids[is_word_start]
+    return [features[sentence_of_word == n] for n in range(1, sentence_ids.max() + 1)]
 
 def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
     """L_Ti: the mean cross-entropy over the words that have a piece."""
@@ -262,7 +260,8 @@ def claim(folder: Path, settings: dict) -> None:
         expect(path.exists(), f"{folder} holds other files: choose another folder")
     with suppress(FileExistsError), open(path, "x") as file:
         file.write(json.dumps(settings, indent=2))
-    time.sleep(0.1)  # another run may be writing it
+    # another process may have created it just now, and be writing it
+    time.sleep(0.1)
     read_record(path, settings)  # raises if they differ
 
 def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:

@@ -71,7 +71,7 @@ def main() -> None:
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for settings, result_file, save_folder, train, test in runs:
         record_file = save_folder / "tuned.json" if save_folder else result_file
-        done = result_file.exists() and record_file.exists()
+        done = result_file.exists() and record_file.exists()  # with --save, both
         if done:
             record = read_record(record_file, settings, check_weights=bool(save_folder))
         else:
@@ -90,7 +90,8 @@ def main() -> None:
                 batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
             record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
             record |= {"train_sentences": len(train), "test_sentences": len(test)}
-            updated, parameters = (sum(map(torch.numel, s.values())) for s in (tuned, theta_p | tuned))
+            updated = sum(p.numel() for p in tuned.values())
+            parameters = updated + sum(p.numel() for n, p in theta_p.items() if n not in tuned)
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
         print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
@@ -115,7 +116,7 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, settings)
+                adapters.claim(folder, settings)  # a new one: in save_run
             runs.append((settings, result, folder, train, test))
     return runs
 
