@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # rows are packed for these encoders: position ids start at 0, or RoBERTa's padding_idx + 1
+        # the id of a first position, if several sentences share a row (see pack); None: one per row
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -95,7 +95,6 @@ class Tagger(nn.Module):
         return encoded
 
     def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
-        """`encode` for several sets of sentences at once."""
         encoded = iter(self.encode([s for part in sets for s in part]))
         return [[next(encoded) for _ in part] for part in sets]
 
@@ -249,7 +248,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # deleted by save_primed of an equal process
+        with suppress(FileNotFoundError):  # the same command, run twice, deletes it
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:

@@ -55,7 +55,7 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
-    pe = args.pe if args.tune == "adapter" else None
+    pe = args.pe if args.tune == "adapter" else None  # rows 1 and 2: no adapter
     base = args.init if args.priming else args.model
     encoder, tokenizer = adapters.load_encoder(base, args.max_length)
     state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
@@ -91,7 +91,7 @@ def main() -> None:
             record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
             record |= {"train_sentences": len(train), "test_sentences": len(test)}
             updated = sum(p.numel() for p in tuned.values())
-            parameters = updated + sum(p.numel() for n, p in theta_p.items() if n not in tuned)
+            parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
         print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
@@ -116,7 +116,7 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, settings)  # a new one: in save_run
+                adapters.claim(folder, settings)  # others: in save_run
             runs.append((settings, result, folder, train, test))
     return runs
 

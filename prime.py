@@ -65,7 +65,7 @@ def prime(
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
         for support, query in zip(supports, queries):  # 3: for all Ti in T do
-            # θi is a copy through which the backward pass of line 9 reaches θ: not detach()
+            # clone() keeps θi in θ's graph: the backward pass of line 9 adds to the gradient of θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
@@ -94,20 +94,21 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: losses with `theta` as the parameters of the model. The backward pass must run
-    inside `functional_call` too, as `after_loss`: activation checkpointing reruns the model in it."""
+    """The paper's f_θ: losses with `theta` as the model's parameters. Activation checkpointing reruns
+    the model during the backward pass, so that runs inside `functional_call` too, as `after_loss`. With
+    second_order or encode it runs later, with θ in the model again: checkpointing is refused there."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # {path in this module, like "model.head.weight": name in theta_*, like "head.weight"}
+        # a tied parameter has one name ("head.weight") but several paths ("model.head.weight", …)
         self.names = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, after_loss):
-        # if a backward pass comes after this call, checkpointing would rerun the model with θ
+        # checkpointing works by saved-tensor hooks: where they are disabled, it raises the error
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
@@ -158,7 +159,7 @@ def require(condition: Any, message: str) -> None:
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "pass model.module; sum .grad in optimizer.register_step_pre_hook")
+    require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -186,7 +187,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError if no parameter of a set has a gradient. Sets that `grads` lacks are skipped."""
+    """`grads` has None for no gradient. Raises ValueError if it has nothing else for some set."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
@@ -221,7 +222,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
-        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning on all sets (row 5)")
+        "1, row 4); maml: with the red line (row 6); ft: plain fine-tuning (row 5)")
     add("--inner-steps", type=positive(int), default=5, help="S, per task (row 7: 1)")
     add("--inner-lr", type=positive(float), default=0.03, help="α, the inner loop's rate, of SGD")
     add("--outer-lr", type=positive(float), default=5e-5, help="β, AdamW's rate, which falls to 0")
