@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # the id of a first position, if several sentences share a row (see pack); None: one per row
+        # position id of a sentence's first piece, if we pack several into a row; None: we do not
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -106,7 +106,7 @@ class Tagger(nn.Module):
 
 def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
     """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
-    A sentence goes to the first row in which it fits within `capacity`, or else to a new row."""
+    A sentence goes to the first row with room within `capacity`, or to a new row of any length."""
     rows = [[] for _ in sentences]
     for number, sentence in enumerate(sentences, start=1):
         length, starts = len(sentence.input_ids), {*sentence.word_starts}
@@ -135,18 +135,18 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # its warnings: checked below
+    logging.set_verbosity_error()  # its keys are checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
         tokenizer("word").word_ids()  # raises if it has no word ids
-    config, padding_leaks = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
+    config, affected_by_padding = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     # extra weights of a head are fine, but a layer numbered `num_hidden_layers` is one too many
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
-    expect(config.model_type not in padding_leaks, f"--model {name}: padding changes its features")
+    expect(config.model_type not in affected_by_padding, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
     fits = len(tokenizer.all_special_ids) < pieces <= known  # more than special tokens
@@ -248,7 +248,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # the same command, run twice, deletes it
+        with suppress(FileNotFoundError):  # a process of this command deleted it
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:

@@ -55,7 +55,7 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
-    pe = args.pe if args.tune == "adapter" else None  # rows 1 and 2: no adapter
+    pe = args.pe if args.tune == "adapter" else None  # rows 1, 2: no adapter
     base = args.init if args.priming else args.model
     encoder, tokenizer = adapters.load_encoder(base, args.max_length)
     state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
@@ -71,7 +71,7 @@ def main() -> None:
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for settings, result_file, save_folder, train, test in runs:
         record_file = save_folder / "tuned.json" if save_folder else result_file
-        done = result_file.exists() and record_file.exists()  # with --save, both
+        done = result_file.exists() and record_file.exists()
         if done:
             record = read_record(record_file, settings, check_weights=bool(save_folder))
         else:
@@ -116,7 +116,7 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, settings)  # others: in save_run
+                adapters.claim(folder, settings)  # new ones: in save_run
             runs.append((settings, result, folder, train, test))
     return runs
 
@@ -137,7 +137,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     return model, tokenizer, tag_names(record["types"])
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
-    """Plain fine-tuning of the parameters in `tuned`: epochs of AdamW on shuffled batches."""
+    """Plain fine-tuning of `tuned`: whole epochs of AdamW, until there are `min_steps` steps."""
     batches = []
     for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))

@@ -94,16 +94,16 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: losses with `theta` as the model's parameters. Activation checkpointing reruns
-    the model during the backward pass, so that runs inside `functional_call` too, as `after_loss`. With
-    second_order or encode it runs later, with θ in the model again: checkpointing is refused there."""
+    """The paper's f_θ: losses with `theta` as the model's parameters. A function `after_loss` runs the
+    backward pass while `theta` is there, because activation checkpointing reruns the model in it. With
+    second_order or encode the backward pass comes later, so checkpointing raises an error."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # a tied parameter has one name ("head.weight") but several paths ("model.head.weight", …)
-        self.names = {
+        # paths begin with "model."; a tied parameter has several paths, but one name in theta_*
+        self.name_of_path = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
@@ -117,7 +117,7 @@ class FunctionalModel(nn.Module):
 
     def loss(self, theta, batch, after_loss=lambda loss: loss):
         """after_loss(L(f_θ, D)), by default the loss itself. Both run with `theta` in the model."""
-        replaced = {path: theta[name] for path, name in self.names.items() if name in theta}
+        replaced = {path: theta[name] for path, name in self.name_of_path.items() if name in theta}
         return functional_call(self, replaced, (batch, after_loss), tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
@@ -187,7 +187,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """`grads` has None for no gradient. Raises ValueError if it has nothing else for some set."""
+    """Raises ValueError if all gradients of a set are None. Sets that `grads` lacks are skipped."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
