@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # position id of a sentence's first piece, if we pack several into a row; None: we do not
+        # None: one sentence per row; else rows hold several, whose position ids all start here
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -106,7 +106,7 @@ class Tagger(nn.Module):
 
 def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
     """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
-    A sentence goes to the first row with room within `capacity`, or to a new row of any length."""
+    A sentence goes to the first row that is empty or has room for it within `capacity`."""
     rows = [[] for _ in sentences]
     for number, sentence in enumerate(sentences, start=1):
         length, starts = len(sentence.input_ids), {*sentence.word_starts}
@@ -135,7 +135,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # its keys are checked below
+    logging.set_verbosity_error()  # see the checks below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
@@ -248,7 +248,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # a process of this command deleted it
+        with suppress(FileNotFoundError):  # deleted by a twin process's save_primed
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:

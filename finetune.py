@@ -116,7 +116,7 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, settings)  # new ones: in save_run
+                adapters.claim(folder, settings)  # new folders: in save_run
             runs.append((settings, result, folder, train, test))
     return runs
 

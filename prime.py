@@ -94,15 +94,15 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: losses with `theta` as the model's parameters. A function `after_loss` runs the
-    backward pass while `theta` is there, because activation checkpointing reruns the model in it. With
-    second_order or encode the backward pass comes later, so checkpointing raises an error."""
+    """The paper's f_θ: `functional_call` runs `forward` with `theta` in place of parameters of the model,
+    then restores them. Activation checkpointing reruns the model during the backward pass, so that pass
+    is part of `forward`, as `after_loss`. With second_order or encode one comes later: no checkpointing."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # paths begin with "model."; a tied parameter has several paths, but one name in theta_*
+        # path in this Module ("model." + …) → name in theta_*; a tied parameter has several paths
         self.name_of_path = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
@@ -187,7 +187,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError if all gradients of a set are None. Sets that `grads` lacks are skipped."""
+    """Raises ValueError if `grads` is None for all of a set. A set may be absent from `grads`."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
@@ -260,7 +260,7 @@ def main() -> None:
     inner_steps, support, query = args.inner_steps, args.support, args.query
     if args.method == "ft":  # row 5, §5.2: no inner steps, and AdamW updates θh too
         theta_p, theta_h, inner_steps = {**theta_p, **theta_h}, {}, 0
-        support, query = 0, support + query  # the sentences that the other methods draw
+        support, query = 0, support + query  # the same sentences as other methods
         model.train()  # dropout
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = adamw_with_linear_decay(outer_params, args.outer_lr, args.steps)
