@@ -50,7 +50,7 @@ class Tagger(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # None: one sentence per row; else rows hold several, whose position ids all start here
+        # position id of a sentence's first piece, if rows hold several sentences; None: no packing
         self.position_offset = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
@@ -248,7 +248,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"), ExitStack() as stack:
         stack.callback(new.unlink, missing_ok=True)  # after a failed write
         yield new
-        with suppress(FileNotFoundError):  # deleted by a twin process's save_primed
+        with suppress(FileNotFoundError):  # removed in save_primed of a second process
             new.replace(path)
 
 def claim(folder: Path, settings: dict) -> None:

@@ -116,7 +116,7 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
             if folder and folder.exists():
-                adapters.claim(folder, settings)  # new folders: in save_run
+                adapters.claim(folder, settings)  # save_run claims new ones
             runs.append((settings, result, folder, train, test))
     return runs
 
@@ -137,7 +137,7 @@ def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
     return model, tokenizer, tag_names(record["types"])
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
-    """Plain fine-tuning of `tuned`: whole epochs of AdamW, until there are `min_steps` steps."""
+    """Plain fine-tuning of `tuned` by AdamW: `epochs`, or more if these are under `min_steps`."""
     batches = []
     for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))

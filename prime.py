@@ -94,21 +94,21 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ: `functional_call` runs `forward` with `theta` in place of parameters of the model,
-    then restores them. Activation checkpointing reruns the model during the backward pass, so that pass
-    is part of `forward`, as `after_loss`. With second_order or encode one comes later: no checkpointing."""
+    """The paper's f_θ. Activation checkpointing reruns the model during the backward pass, when `theta`
+    must still be in place. So `forward` runs the backward pass too, by the function `after_loss`. With
+    second_order or encode, one follows after `forward` has returned: checkpointing is an error."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # path in this Module ("model." + …) → name in theta_*; a tied parameter has several paths
+        # `functional_call` runs on this Module, so paths start with "model."; tied: several paths
         self.name_of_path = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, after_loss):
-        # checkpointing works by saved-tensor hooks: where they are disabled, it raises the error
+        # unless `may_checkpoint`, make checkpointing raise: it needs the hooks that this disables
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
@@ -187,7 +187,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """Raises ValueError if `grads` is None for all of a set. A set may be absent from `grads`."""
+    """`grads`: name to gradient or None. ValueError if a set has only None; absent sets pass."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
