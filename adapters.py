@@ -255,10 +255,10 @@ def claim(folder: Path, settings: dict) -> None:
     """Reserves a folder by writing settings.json. Raises UserError if it has other settings."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        expect(path.exists(), f"{folder} holds other files: choose another folder")
+    expect(not any(folder.iterdir()) or path.exists(), f"{folder} holds other files: choose another")
     with suppress(FileExistsError), open(path, "x") as file:
         file.write(json.dumps(settings, indent=2))
+        return
     # another process may have created it just now, and be writing it
     time.sleep(0.1)
     read_record(path, settings)  # raises if they differ

@@ -52,7 +52,7 @@ def test_a_folder_or_file_of_something_else_is_refused_and_not_touched(tmp_path)
     (tmp_path / "mine/partial-results").mkdir(parents=True)
     (tmp_path / "mine/thesis.tex").write_text("x")
     (line,) = command("prime.py", *SLOW_PRIMING, "--output", tmp_path / "mine", status=2).stderr.splitlines()
-    assert f"{tmp_path}/mine holds other files: choose another folder" in line
+    assert f"{tmp_path}/mine holds other files: choose another" in line
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.tex", "partial-results"}
     (line,) = command("prime.py", *SLOW_PRIMING, "--output", "demo/README.md", status=2).stderr.splitlines()
     assert "demo/README.md" in line

@@ -164,7 +164,7 @@ def test_without_peft_and_with_an_existing_folder_there_is_one_line(tmp_path, mo
     for action, flag, problem in (("prime", "--output", "holds other files"), ("tune", "--save", "already exists")):
         (line,) = command(
             "examples/lora.py", action, *DEMO, flag, tmp_path / "mine", status=2).stderr.splitlines()
-        assert f"mine {problem}: choose another folder" in line
+        assert f"mine {problem}: choose another" in line
     monkeypatch.setitem(sys.modules, "peft", None)
     (line,) = command(
         "examples/lora.py", "prime", *SMALL, "--output", tmp_path / "out", status=2).stderr.splitlines()

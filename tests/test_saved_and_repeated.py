@@ -217,7 +217,7 @@ def test_save_into_a_folder_of_something_else_is_refused_before_training(tmp_pat
     flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--seeds", 0, 1, "--results", tmp_path / "r"]
     done = command("finetune.py", *flags, "--save", tmp_path / "tuned", status=2)
     (line,) = done.stderr.splitlines()
-    assert f"{tmp_path}/tuned/hi-1 holds other files: choose another folder" in line
+    assert f"{tmp_path}/tuned/hi-1 holds other files: choose another" in line
     assert done.stdout == "" and not read_results(tmp_path / "r")
     assert [path.name for path in (tmp_path / "tuned/hi-1").iterdir()] == ["mine.txt"]
 
