@@ -95,6 +95,7 @@ class Tagger(nn.Module):
         return encoded
 
     def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
+        """`encode` for several sets of sentences at once."""
         encoded = iter(self.encode([s for part in sets for s in part]))
         return [[next(encoded) for _ in part] for part in sets]
 
@@ -126,6 +127,7 @@ def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.tensor(tags, device=logits.device))
 
 def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
+    """A Tagger in eval mode on a device."""
     model = Tagger(encoder, len(tag_names(types)), pe, bottleneck, bf16).eval()
     with error_context(f"--device {device}"):
         model.to(device)
@@ -134,25 +136,25 @@ def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
-
     logging.set_verbosity_error()  # see the checks below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
         tokenizer("word").word_ids()  # raises if it has no word ids
-    config, affected_by_padding = encoder.config, ("fnet", "convbert", "nystromformer", "yoso")
+    config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     # extra weights of a head are fine, but a layer numbered `num_hidden_layers` is one too many
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
+    affected_by_padding = ("fnet", "convbert", "nystromformer", "yoso")
     expect(config.model_type not in affected_by_padding, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
     fits = len(tokenizer.all_special_ids) < pieces <= known  # more than special tokens
     expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
     special = tokenizer.num_special_tokens_to_add()
-    expect(max_length > special, f"--max-length must be above {special}, the special tokens")
+    expect(max_length > special, f"--max-length must be above the {special} special tokens")
     limit = getattr(config, "max_position_embeddings", "unlimited")
     with error_context(f"--max-length {max_length}: the encoder has {limit} positions"):
         encoder(torch.full((1, max_length), pieces - 1), attention_mask=torch.ones(1, max_length))
@@ -215,7 +217,6 @@ def read_text(file: Path) -> Iterator[tuple]:
 def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     """The same from the hub. Tags without names stay numbers, which `read_split` refuses."""
     from datasets import load_dataset
-
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
         rows = [list(zip(*row, strict=True)) for row in zip(table["tokens"], table["ner_tags"])]
@@ -322,6 +323,7 @@ def cli(main: Callable[[], None]) -> None:
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 
 def common_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of both commands."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # no default: prime.py has MODEL_DEFAULTS, finetune.py takes the values of the primed folder

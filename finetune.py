@@ -67,7 +67,7 @@ def main() -> None:
     not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
     common = {n: v for n, v in vars(args).items() if n not in not_compared}
     common["primed_weights"] = args.priming.get("files")  # checksums
-    runs, records = plan_runs(common, args.seeds, data, encoder, args.results, args.save), []
+    records, runs = [], plan_runs(common, args.seeds, data, encoder, args.results, args.save)
     shape = args.types, pe, args.bottleneck, args.device, args.bf16
     for settings, result_file, save_folder, train, test in runs:
         record_file = save_folder / "tuned.json" if save_folder else result_file

@@ -95,20 +95,20 @@ def prime(
 
 class FunctionalModel(nn.Module):
     """The paper's f_θ. Activation checkpointing reruns the model during the backward pass, when `theta`
-    must still be in place. So `forward` runs the backward pass too, by the function `after_loss`. With
-    second_order or encode, one follows after `forward` has returned: checkpointing is an error."""
+    must still be in place. So `forward` runs that pass too, as the function `after_loss`. With
+    second_order or encode a backward pass comes after `forward`, so checkpointing is an error."""
 
     def __init__(self, model, loss, sets, may_checkpoint):
         super().__init__()
         self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
         name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # `functional_call` runs on this Module, so paths start with "model."; tied: several paths
+        # paths start with "model.", as this module is called; a tied parameter has several paths
         self.name_of_path = {
             f"{path}.{n}": name_of[p] for path, module in self.named_modules()
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
 
     def forward(self, batch, after_loss):
-        # unless `may_checkpoint`, make checkpointing raise: it needs the hooks that this disables
+        # unless `may_checkpoint`, checkpointing raises an error: it needs the hooks disabled here
         with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
@@ -138,8 +138,8 @@ class FunctionalModel(nn.Module):
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
     tasks = list(tasks)
-    pairs = tasks and all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks)
-    require(pairs, "a batch must be a non-empty list of (support, query) pairs")
+    are_pairs = tasks and all(isinstance(task, (tuple, list)) and len(task) == 2 for task in tasks)
+    require(are_pairs, "a batch must be a non-empty list of (support, query) pairs")
     supports, queries = zip(*tasks)
     if encode:
         with torch.set_grad_enabled(second_order):
@@ -150,7 +150,7 @@ def support_and_query_sets(tasks, encode, second_order):
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
     reusable = not any(isinstance(batch, Iterator) for batch in supports)
-    require(reusable, "support sets must not be generators: steps reread them")
+    require(reusable, "support sets must not be generators: inner steps reread them")
     return supports, queries
 
 def require(condition: Any, message: str) -> None:
@@ -158,16 +158,16 @@ def require(condition: Any, message: str) -> None:
         raise ValueError(message)
 
 def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
+    """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
     require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
-    steps = isinstance(inner_steps, int) and inner_steps >= 0
-    require(steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
+    valid_steps = isinstance(inner_steps, int) and inner_steps >= 0
+    require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
     require(0 < inner_lr < math.inf, f"inner_lr must be positive and finite, not {inner_lr}")
-    metric = isinstance(scheduler, ReduceLROnPlateau)
-    require(not metric, "ReduceLROnPlateau needs a metric: step it in your own loop")
-    named = all(isinstance(part, Mapping) for part in sets.values())
-    require(named, "theta_p, theta_a and theta_h must be dicts of parameters")
+    require(not isinstance(scheduler, ReduceLROnPlateau), "step ReduceLROnPlateau in your own loop")
+    are_dicts = all(isinstance(part, Mapping) for part in sets.values())
+    require(are_dicts, "theta_p, theta_a and theta_h must be dicts of parameters")
     if inner_steps:  # else it is plain fine-tuning, and sets may be empty
         require(sets["theta_p"], "theta_p is empty: did a PE library freeze it?")
         require(sets["theta_a"] or sets["theta_h"], "theta_a and theta_h are empty")
@@ -187,7 +187,7 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, sets, loss_name):
-    """`grads`: name to gradient or None. ValueError if a set has only None; absent sets pass."""
+    """Raises ValueError if all gradients of a set are None. Sets not in `grads` are skipped."""
     for set_name, part in sets.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
@@ -215,7 +215,6 @@ def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) ->
 
 def parse_arguments():
     from adapters import MODEL_DEFAULTS, common_parser, positive
-
     parser = common_parser(
         "Prime an encoder, by Algorithm 1 or an ablation. The paper gives the defaults of "
         "--inner-steps, --inner-lr and --outer-lr; those of --steps, sizes and lengths are ours.")
@@ -230,7 +229,7 @@ def parse_arguments():
     add("--tasks", type=positive(int), default=2, help="tasks per meta step")
     add("--support", type=positive(int), default=16, help="support sentences per task")
     add("--query", type=positive(int), default=16, help="query sentences per task")
-    add("--seed", type=positive(int, zero=True), default=0, help="of weights and sampling")
+    add("--seed", type=positive(int, zero=True), default=0, help="for weights and sampling")
     add("--save-every", type=positive(int), default=100, help="meta steps between checkpoints")
     add("--output", type=Path, default=Path("primed"), help="folder for θp* and θa*")
     parser.set_defaults(**MODEL_DEFAULTS)
@@ -241,7 +240,6 @@ def main() -> None:
     from tqdm import tqdm
 
     import adapters
-
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
     min_sentences = args.support + args.query

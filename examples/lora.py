@@ -197,7 +197,7 @@ def main() -> None:
         add("--limit-train", type=positive(int), help="only the first N training sentences")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
         add("--bf16", action="store_true", help="run the encoder in bfloat16")
-        add("--seed", type=positive(int, zero=True), default=0, help="of weights and sampling")
+        add("--seed", type=positive(int, zero=True), default=0, help="for weights and sampling")
     add = commands.choices["prime"].add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta",
