@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-MODEL_DEFAULTS = {"model": "bert-base-multilingual-cased", "pe": "adapter", "bottleneck": 64,
+MODEL_DEFAULTS = {"model": "bert-base-multilingual-cased", "pe": "adapter", "bottleneck": None,
                   "types": ["PER", "ORG", "LOC"]}
 ParameterSets = NamedTuple("ParameterSets", [("p", dict), ("a", dict), ("h", dict)])
 
@@ -30,8 +30,7 @@ class Sentence(NamedTuple):
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: a bottleneck with a skip connection. It starts near the identity:
     weights normal with std 1e-2, truncated at two std; biases zero."""
-
-    def __init__(self, hidden: int, bottleneck: int = 64):
+    def __init__(self, hidden: int, bottleneck: int):
         super().__init__()
         self.down, self.up = nn.Linear(hidden, bottleneck), nn.Linear(bottleneck, hidden)
         for layer in (self.down, self.up):
@@ -43,18 +42,19 @@ class Adapter(nn.Module):
 
 class Tagger(nn.Module):
     """f, an encoder of `AutoModel`, with g and h. θa is, by §3.1, new parameters ("adapter": g on
-    top), a small subset of f's ("bitfit": its biases, Ben Zaken et al. 2022) or nothing (None). The
-    head starts as BERT's own heads do: normal with std 0.02, zero bias."""
-
-    def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=64, bf16=False):
+    top; "lora": inside f), a small subset of f's ("bitfit": its biases, Ben Zaken et al. 2022) or
+    nothing (None). The head starts as BERT's own heads do: normal with std 0.02, zero bias."""
+    def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=None, bf16=False):
         super().__init__()
         config = encoder.config
-        self.encoder, self.pe, self.bf16 = encoder, pe, bf16
-        # position id of a sentence's first piece, if rows hold several sentences; None: no packing
-        self.position_offset = None
+        self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
+        self.pe, self.bf16 = pe, bf16
+        # encoder_inputs puts several sentences into a row if it knows the encoder's position ids:
+        # BERT's start at 0, RoBERTa's at padding_idx + 1. None: one sentence per row
+        self.first_position = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
-            self.position_offset = getattr(encoder.embeddings, "padding_idx", -1) + 1
-        self.adapter = Adapter(config.hidden_size, bottleneck) if pe == "adapter" else nn.Identity()
+            self.first_position = getattr(encoder.embeddings, "padding_idx", -1) + 1
+        self.adapter = Adapter(config.hidden_size, bottleneck or 64) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(config.hidden_size, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -62,16 +62,16 @@ class Tagger(nn.Module):
 
     def split_parameters(self) -> ParameterSets:
         """θp, θa and θh: disjoint. BERT's pooler, which no tag depends on, is in none of them."""
-        theta_p = {n: p for n, p in self.named_parameters() if not n.startswith("encoder.pooler.")}
+        theta_p = {n: p for n, p in self.named_parameters() if ".pooler." not in n}
         theta_h = {n: theta_p.pop(n) for n in [*theta_p] if n.startswith("head.")}
-        pattern = r"bias$" if self.pe == "bitfit" else r"^adapter\."
+        pattern = {"bitfit": r"bias$", "lora": r"\.lora_"}.get(self.pe, r"^adapter\.")
         theta_a = {n: theta_p.pop(n) for n in [*theta_p] if re.search(pattern, n)}
         return ParameterSets(theta_p, theta_a, theta_h)
 
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
         """Packs sentences into rows. Returns the encoder's arguments and two tensors [rows, length]:
         the number of the sentence at each position (0: padding), and whether a word starts there."""
-        packed, dtype = self.position_offset is not None, self.head.weight.dtype
+        packed, dtype = self.first_position is not None, self.head.weight.dtype
         capacity = 2 * max(len(s.input_ids) for s in sentences) if packed else 0  # 0: one sentence per row
         rows = nn.utils.rnn.pad_sequence(pack(sentences, capacity), batch_first=True)
         sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
@@ -79,12 +79,12 @@ class Tagger(nn.Module):
         if packed:  # positions restart in each sentence, which attends to itself only
             other_sentence = sentence_ids[:, None, :, None] != sentence_ids[:, None, None, :]
             inputs["attention_mask"] = other_sentence.to(dtype) * torch.finfo(dtype).min
-            inputs["position_ids"] = positions + self.position_offset
+            inputs["position_ids"] = positions + self.first_position
         return inputs, (sentence_ids, starts == 1)
 
-    def encode(self, sentences: list[Sentence]) -> list[Sentence]:
-        """The sentences with their features."""
-        encoded = []
+    def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
+        """The same sets of sentences, with their features."""
+        encoded, sentences = [], [s for part in sets for s in part]
         for start in range(0, len(sentences), 256):  # bounds the memory
             chunk = sentences[start : start + 256]
             inputs, layout = self.encoder_inputs(chunk)
@@ -92,22 +92,29 @@ class Tagger(nn.Module):
                 hidden = self.encoder(**inputs).last_hidden_state  # [rows, length, hidden]
             features = unpack(hidden.to(self.head.weight.dtype), *layout)
             encoded += [s._replace(features=f) for s, f in zip(chunk, features)]
-        return encoded
-
-    def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
-        """`encode` for several sets of sentences at once."""
-        encoded = iter(self.encode([s for part in sets for s in part]))
-        return [[next(encoded) for _ in part] for part in sets]
+        remaining = iter(encoded)
+        return [[next(remaining) for _ in part] for part in sets]
 
     def forward(self, sentences: list[Sentence]) -> Tensor:
         """Logits of the words that have a piece, [words, num_tags]. Encodes if that is not done."""
         if sentences[0].features is None:
-            sentences = self.encode(sentences)
+            (sentences,) = self.encode_sets([sentences])
         return self.head(self.adapter(torch.cat([s.features for s in sentences])))
+
+def add_lora(encoder: nn.Module, rank: int) -> nn.Module:
+    """The encoder with LoRA (Hu et al. 2022, by peft), scaled by 2, on the layers that peft has for
+    its architecture, or else on all linear layers but the pooler's. No parameter is frozen."""
+    with error_context("--pe lora needs peft: pip install peft"):
+        import peft
+    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear)]
+    layers = known.get(encoder.config.model_type) or [n for n in linear if "pooler" not in n]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+    return peft.get_peft_model(encoder, config).requires_grad_()
 
 def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
     """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
-    A sentence goes to the first row that is empty or has room for it within `capacity`."""
+    A sentence goes to the first row with room for it, or to a row of its own if `capacity` is 0."""
     rows = [[] for _ in sentences]
     for number, sentence in enumerate(sentences, start=1):
         length, starts = len(sentence.input_ids), {*sentence.word_starts}
@@ -136,26 +143,27 @@ def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
-    logging.set_verbosity_error()  # see the checks below
+    logging.set_verbosity_error()  # checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
-        tokenizer("word").word_ids()  # raises if it has no word ids
+        tokenizer("word").word_ids()  # raises if it has none
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # extra weights of a head are fine, but a layer numbered `num_hidden_layers` is one too many
+    # unused weights of a head are fine; those of one layer too many show that config.json is wrong
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
-    expect(not faults, f"--model {name}: config.json and weights do not fit, as {faults[:1]}")
-    affected_by_padding = ("fnet", "convbert", "nystromformer", "yoso")
-    expect(config.model_type not in affected_by_padding, f"--model {name}: padding changes its features")
+    expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
+    unmasked = ("fnet", "convbert", "nystromformer", "yoso")
+    expect(config.model_type not in unmasked, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    fits = len(tokenizer.all_special_ids) < pieces <= known  # more than special tokens
-    expect(fits, f"--model {name}: the tokenizer has {pieces} word pieces, the encoder {known}")
+    expect(pieces > len(tokenizer.all_special_ids), f"--model {name} has no vocabulary file")
+    expect(pieces <= known, f"--model {name}: {pieces} word pieces, but the encoder has {known}")
     special = tokenizer.num_special_tokens_to_add()
     expect(max_length > special, f"--max-length must be above the {special} special tokens")
     limit = getattr(config, "max_position_embeddings", "unlimited")
+    # a trial run with the greatest length and the last word piece
     with error_context(f"--max-length {max_length}: the encoder has {limit} positions"):
         encoder(torch.full((1, max_length), pieces - 1), attention_mask=torch.ones(1, max_length))
     return encoder, tokenizer
@@ -180,7 +188,7 @@ def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Se
         starts = [word_ids.index(word) if word in word_ids else -1 for word in range(len(words))]
         tokenized.append(Sentence(words, tags, encoded["input_ids"][i], starts))
     if truncated := sum(s.word_starts.count(-1) for s in tokenized):
-        message = f"have no word piece within --max-length {max_length}: no loss, and scored as O"
+        message = f"have no word piece within --max-length {max_length}: no loss, scored as O"
         print(f"{truncated} of {sum(map(len, texts))} words {message}", file=sys.stderr)
     return tokenized
 
@@ -210,8 +218,8 @@ def read_text(file: Path) -> Iterator[tuple]:
     separator = "\t" if b"\t" in data else " "
     for number, line in enumerate(data.splitlines(), start=1):
         with error_context(f"{file}:{number}: expected UTF-8"):
-            text = line.decode().rstrip(" \t")
-        word, *columns = [""] if text.startswith("-DOCSTART-") else text.split(separator)
+            text = re.sub("^-DOCSTART-.*", "", line.decode().rstrip(" \t"))  # as if blank
+        word, *columns = text.split(separator)
         yield f"{file}:{number}", word, columns[-1] if columns else ""
 
 def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
@@ -244,33 +252,36 @@ def error_context(source: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and renames it to `path` on success. Raises UserError on failure."""
+    """Yields a temporary path, which is renamed to `path`, or deleted if UserError is raised."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with error_context(f"writing {path}"), ExitStack() as stack:
-        stack.callback(new.unlink, missing_ok=True)  # after a failed write
+        stack.callback(new.unlink, missing_ok=True)
         yield new
-        with suppress(FileNotFoundError):  # removed in save_primed of a second process
+        # save_primed of a second process that runs the same command may have deleted it
+        with suppress(FileNotFoundError):
             new.replace(path)
 
-def claim(folder: Path, settings: dict) -> None:
-    """Reserves a folder by writing settings.json. Raises UserError if it has other settings."""
-    path = folder / "settings.json"
+def find_or_claim(folder: Path, settings: dict, record_name: str) -> dict | None:
+    """The record of a finished run, or None if the run is still to be done; settings.json marks the
+    folder as this run's. Raises UserError if the folder holds another run or other files."""
+    path, record_file = folder / "settings.json", folder / record_name
     folder.mkdir(parents=True, exist_ok=True)
     expect(not any(folder.iterdir()) or path.exists(), f"{folder} holds other files: choose another")
-    with suppress(FileExistsError), open(path, "x") as file:
-        file.write(json.dumps(settings, indent=2))
-        return
-    # another process may have created it just now, and be writing it
-    time.sleep(0.1)
-    read_record(path, settings)  # raises if they differ
+    try:
+        with open(path, "x") as file:
+            file.write(json.dumps(settings, indent=2))
+    except FileExistsError:
+        time.sleep(0.1)  # a second process may be writing it now
+        read_record(path, settings)  # raises if they differ
+    return read_record(record_file, check_weights=True) if record_file.exists() else None
 
 def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:
     """The JSON file of a run. Raises UserError if its settings differ from `settings` or, with
     `check_weights`, if the folder's weights do not have the checksums in the record."""
-    with error_context(f"{path}: expected the record of a run"):
+    with error_context(f"{path}: expected a run's record"):
         record = dict(json.loads(path.read_bytes()))
         same = not check_weights or record["files"] == file_checksums(path.parent)
-    expect(same, f"{path.parent}: a weights file is missing or not that of {path.name}")
+    expect(same, f"{path.parent}: a weights file is missing or unlike {path.name}")
     for name, now in (settings or {}).items():
         found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
         expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")
@@ -304,9 +315,13 @@ def load_checkpoint(path: Path, device: str, stateful: tuple) -> list[float]:
 def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losses: list) -> None:
     """Writes θp* as `AutoModel` reads it, θa*, and, to mark that all is written, priming.json."""
     with error_context(f"writing {folder}"):
-        model.encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(model.split_parameters().a, folder / "adapter.safetensors")
+        if model.pe == "lora":  # θa in peft's format too
+            model.encoder.peft_config["default"].base_model_name_or_path = str(folder)
+            model.encoder.save_pretrained(folder / "lora", save_embedding_layers=False)
+            model.encoder = model.encoder.unload()
+        model.encoder.save_pretrained(folder)
     more = {"files": file_checksums(folder), "last_losses": losses[-10:]}
     write_record(folder / "priming.json", record | more)
     for path in [folder / "checkpoint.pt", *folder.glob("*.new")]:
@@ -326,13 +341,14 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     """The flags of both commands."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # no default: prime.py has MODEL_DEFAULTS, finetune.py takes the values of the primed folder
-    add, no_default = parser.add_argument, argparse.SUPPRESS
-    add("--model", default=no_default, help="encoder: hub name or folder")
+    # unset: prime.py has MODEL_DEFAULTS, finetune.py takes the values of the primed folder
+    add, unset = parser.add_argument, argparse.SUPPRESS
+    add("--model", default=unset, help="encoder: hub name or folder")
     add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
-    add("--types", default=no_default, nargs="+", help="entity types, tagged B-X and I-X")
-    add("--pe", default=no_default, choices=["adapter", "bitfit"], help="θa: an adapter, or f's biases")
-    add("--bottleneck", default=no_default, type=positive(int), help="width of the adapter")
+    add("--types", default=unset, nargs="+", help="entity types, tagged B-X and I-X")
+    add("--pe", default=unset, choices=["adapter", "bitfit", "lora"], help="PE method: what θa is")
+    add("--bottleneck", default=unset, type=positive(int),
+        help="width of the adapter (default 64) or rank of LoRA (8)")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")

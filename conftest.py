@@ -25,7 +25,7 @@ HINDI = ["--tgt", "hi", "--data", "demo/wikiann"]
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
-PE = ["adapter", "bitfit"]
+PE = ["adapter", "bitfit", pytest.param("lora", marks=needs_peft)]
 
 SMALL_PRIMING = ["--steps", 2, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8]
 SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
@@ -100,10 +100,12 @@ def read_results(folder):
 
 def score_saved(folder, split="test", data="demo/wikiann", limit=None, language="hi", base=None):
     """F1 of the tagger that finetune.py saved to a folder, on the first `limit` sentences of a split."""
+    from load import load_tagger
+
     import adapters
     import finetune
 
-    model, tokenizer, tags = finetune.load_tagger(folder, base)
+    model, tokenizer, tags = load_tagger(folder, base)
     types = [tag[2:] for tag in tags[1::2]]
     sentences = adapters.load_sentences(
         str(data), language, split, tokenizer, types, tokenizer.model_max_length, limit)

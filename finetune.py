@@ -9,6 +9,7 @@ import random
 import sys
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pandas
@@ -26,13 +27,13 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck default to "
-        "those of the folder --init, or else of prime.py. The paper gives the defaults of those "
-        "four flags, of --data and of --tgt; the others are ours.")
+        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken from "
+        "the folder --init; with --init none they default to the paper's values, as in prime.py. "
+        "So do --data and --tgt. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
-        help="adapter: θa (see --pe) and θh; head: θh; full: all (with --init none: rows 3, 2, 1)")
+        help="adapter: θa (see --pe) and θh; head: θh; full: θp and θh")
     add("--init", default="primed", help="folder of prime.py, or none to start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
     add("--min-steps", type=positive(int, zero=True), default=0, help="least number of steps")
@@ -58,7 +59,7 @@ def main() -> None:
     pe = args.pe if args.tune == "adapter" else None  # rows 1, 2: no adapter
     base = args.init if args.priming else args.model
     encoder, tokenizer = adapters.load_encoder(base, args.max_length)
-    state = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
+    primed_theta_a = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
     data, options = {}, (tokenizer, args.types, args.max_length)
     for language in args.tgt:
         train = load_sentences(args.data, language, "train", *options, args.limit_train)
@@ -68,16 +69,13 @@ def main() -> None:
     common = {n: v for n, v in vars(args).items() if n not in not_compared}
     common["primed_weights"] = args.priming.get("files")  # checksums
     records, runs = [], plan_runs(common, args.seeds, data, encoder, args.results, args.save)
-    shape = args.types, pe, args.bottleneck, args.device, args.bf16
-    for settings, result_file, save_folder, train, test in runs:
-        record_file = save_folder / "tuned.json" if save_folder else result_file
-        done = result_file.exists() and record_file.exists()
-        if done:
-            record = read_record(record_file, settings, check_weights=bool(save_folder))
-        else:
+    for settings, result_file, save_folder, record, train, test in runs:
+        done = record is not None
+        if not done:
             torch.manual_seed(settings["seed"])
-            model = adapters.build_tagger(copy.deepcopy(encoder), *shape)
-            model.load_state_dict(model.state_dict() | state)
+            model = adapters.build_tagger(
+                copy.deepcopy(encoder), args.types, pe, args.bottleneck, args.device, args.bf16)
+            model.load_state_dict(model.state_dict() | primed_theta_a)
             theta_p, theta_a, theta_h = model.split_parameters()
             tuned = theta_a | theta_h | (theta_p if args.tune == "full" else {})
             for p in theta_p.values():
@@ -89,13 +87,15 @@ def main() -> None:
                 model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
                 batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
             record = {**vars(args), **settings, **evaluate(model, test, tag_names(args.types))}
-            record |= {"train_sentences": len(train), "test_sentences": len(test)}
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
-        if not done:
-            save_run(result_file, save_folder, settings, record, model, tuned)
+        with suppress(BrokenPipeError):  # the other runs go on
+            print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
+        if save_folder and not done:
+            save_tuned(save_folder, settings, record, model, tuned)
+        if not done or not result_file.exists():
+            adapters.write_record(result_file, record)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
@@ -103,43 +103,31 @@ def main() -> None:
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
 def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
-    """Settings, result file, folder of --save, training and test sentences of each run. Raises
-    UserError if a folder is another run's, and OSError if one cannot be written."""
+    """For each run: settings, result file, folder of --save, record (None unless it is done), and
+    sentences. Raises UserError if a folder is another run's, OSError if one cannot be written."""
     for parent in (results, save or results):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
     runs = []
     for language, (train, test) in data.items():
-        shared = common | {"target": language} | adapters.fingerprint(encoder, (train, test))
+        sizes = {"train_sentences": len(train), "test_sentences": len(test)}
+        shared = common | sizes | adapters.fingerprint(encoder, (train, test))
         for seed in dict.fromkeys(seeds):
-            settings, name = shared | {"seed": seed}, f"{language}-{seed}"
+            settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder = save / name if save else None
+            folder, record = (save / name if save else None), None
+            # with --save, its folder decides whether a run is done; save_tuned claims a new one
             if folder and folder.exists():
-                adapters.claim(folder, settings)  # save_run claims new ones
-            runs.append((settings, result, folder, train, test))
+                record = adapters.find_or_claim(folder, settings, "tuned.json")
+            elif not folder and result.exists():
+                record = read_record(result, settings)
+            runs.append((settings, result, folder, record, train, test))
     return runs
 
-def load_tagger(folder: str | Path, base=None, device: str = "cpu") -> tuple:
-    """What --save wrote to `folder`: model, tokenizer and tag names. `base` is where its encoder
-    has been moved to. Raises UserError if that is another encoder."""
-    record = read_record(Path(folder) / "tuned.json", check_weights=True)
-    local_base = Path(folder) / record["base"]
-    base = base or str(local_base if local_base.is_dir() else record["base"])
-    encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
-    same = adapters.fingerprint(encoder).items() <= record.items()
-    expect(same, f"{folder} was not tuned on {base}: pass its encoder")
-    pe = record["pe"] if record["tune"] == "adapter" else None
-    model = adapters.build_tagger(
-        encoder, record["types"], pe, record["bottleneck"], device, record["bf16"])
-    model.load_state_dict(model.state_dict() | load_file(Path(folder) / "tuned.safetensors"))
-    tokenizer.model_max_length = record["max_length"]
-    return model, tokenizer, tag_names(record["types"])
-
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
-    """Plain fine-tuning of `tuned` by AdamW: `epochs`, or more if these are under `min_steps`."""
-    batches = []
-    for epoch in range(max(epochs, math.ceil(min_steps / math.ceil(len(sentences) / batch_size)))):
+    """Plain fine-tuning of `tuned` by AdamW, for `epochs` or, if that is more, `min_steps`."""
+    batches, steps_per_epoch = [], math.ceil(len(sentences) / batch_size)
+    for epoch in range(max(epochs, math.ceil(min_steps / steps_per_epoch))):
         order = random.Random(f"{seed} {epoch}").sample(sentences, len(sentences))
         batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer, scheduler = adamw_with_linear_decay(tuned.values(), lr, len(batches))
@@ -167,18 +155,16 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     metrics = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
-def save_run(result, folder, settings: dict, record: dict, model: Tagger, tuned: dict) -> None:
-    """Writes the folder of --save, if there is one, and then the result."""
-    if folder:
-        adapters.claim(folder, settings)
-        base = model.encoder.name_or_path
-        if os.path.isdir(base):  # relative: both can be moved
-            base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
-        with adapters.atomic_write(folder / "tuned.safetensors") as new:
-            save_file(tuned, new)
-        files = {"base": base, "files": adapters.file_checksums(folder)}
-        adapters.write_record(folder / "tuned.json", record | files)
-    adapters.write_record(result, record)
+def save_tuned(folder: Path, settings, record: dict, model: Tagger, tuned) -> None:
+    """Writes what examples/load.py reads, tuned.json last. Adds `base` and `files` to record."""
+    adapters.find_or_claim(folder, settings, "tuned.json")
+    base = model.encoder.name_or_path
+    if os.path.isdir(base):  # relative, so that base and folder can be moved together
+        base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+    with adapters.atomic_write(folder / "tuned.safetensors") as new:
+        save_file(tuned, new)
+    record |= {"base": base, "files": adapters.file_checksums(folder)}
+    adapters.write_record(folder / "tuned.json", record)
 
 if __name__ == "__main__":
     adapters.cli(main)

@@ -49,18 +49,17 @@ def prime(
         θa and θh come after all of θp, like an adapter on top. Each meta step calls it for all support
         sets (without gradients, unless second_order), then for all query sets (with gradients, for
         θp). The inner steps then skip f, with the same result. Ignored with `maml`.
-
     Before each update, raises ValueError for mistakes that would otherwise give a wrong result.
     Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
-    sets = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h}
+    thetas = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h}
     # 1: while not converged do
     for tasks in batches:  # 2: sample a batch of tasks T
-        check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps)
+        check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps)
         outer_params = [*theta_p.values(), *theta_a.values()]
         inner_params = {**theta_a, **theta_h, **(theta_p if maml else {})}  # with θp: the red line
-        f_theta = FunctionalModel(model, loss, sets, may_checkpoint=not second_order and not encode)
+        f_theta = FunctionalModel(model, loss, thetas, forbid_checkpointing=second_order or encode)
         supports, queries = support_and_query_sets(tasks, encode, second_order)
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
@@ -71,18 +70,16 @@ def prime(
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
-            # encode made one graph for all query sets: one backward pass after the last task
-            if encode:
-                query_losses.append(f_theta.loss(theta_i, query))
-            else:  # this task's term of the sum in line 9
-                query_losses.append(f_theta.loss_after_backward(theta_i, query, outer_params))
+            # line 9 sums the tasks' gradients; with encode, all tasks share a graph: see below
+            backward_to = None if encode else outer_params
+            query_losses.append(f_theta.loss(theta_i, query, backward_to))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
             sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
         # not in the paper: stop if no gradient reaches θp or θa
         grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
-        check_grads(grads, sets, "the sum of the query losses")
+        check_grads(grads, thetas, "the sum of the query losses")
         optimizer.step()  # 9: θa and θp
         for name, p in theta_h.items():
             p.data.copy_(theta_of_first_task[name])  # 9: θh = θ1_h
@@ -94,46 +91,50 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ. Activation checkpointing reruns the model during the backward pass, when `theta`
-    must still be in place. So `forward` runs that pass too, as the function `after_loss`. With
-    second_order or encode a backward pass comes after `forward`, so checkpointing is an error."""
-
-    def __init__(self, model, loss, sets, may_checkpoint):
+    """The paper's f_θ for any θ: `functional_call` runs `forward` with the parameters `theta` in the
+    model, and then puts the model's own back. The backward pass is a part of `forward`, because
+    activation checkpointing runs the model again in it. A loss that is differentiated later (with
+    second_order or encode) must not be checkpointed: `forbid_checkpointing`."""
+    def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
-        self.model, self.loss_function, self.sets, self.may_checkpoint = model, loss, sets, may_checkpoint
-        name_of = {p: name for part in sets.values() for name, p in part.items()}
-        # paths start with "model.", as this module is called; a tied parameter has several paths
-        self.name_of_path = {
-            f"{path}.{n}": name_of[p] for path, module in self.named_modules()
-            for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p in name_of}
+        self.model, self.loss_function, self.thetas = model, loss, thetas
+        self.forbid_checkpointing = forbid_checkpointing
+        # functional_call needs every path of a parameter in this module, such as "model.head.bias";
+        # a tied parameter has several. `theta` has one name for each parameter
+        name_of = {p: name for part in thetas.values() for name, p in part.items()}
+        self.name_of_path = {}
+        for path, module in self.named_modules():
+            for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                self.name_of_path[f"{path}.{n}"] = name_of.get(p)
 
-    def forward(self, batch, after_loss):
-        # unless `may_checkpoint`, checkpointing raises an error: it needs the hooks disabled here
-        with nullcontext() if self.may_checkpoint else disable_saved_tensors_hooks(CHECKPOINTING_ERROR):
+    def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
+        # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
+        forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
+        with forbid if self.forbid_checkpointing else nullcontext():
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
-        return after_loss(loss)
+        if grads_of:
+            return torch.autograd.grad(loss, grads_of, create_graph=create_graph, allow_unused=True)
+        if backward_to:
+            loss.backward(inputs=backward_to)
+            return loss.detach()
+        return loss
 
-    def loss(self, theta, batch, after_loss=lambda loss: loss):
-        """after_loss(L(f_θ, D)), by default the loss itself. Both run with `theta` in the model."""
+    def call_with(self, theta, *args):
+        """`forward(*args)` with the parameters `theta`."""
         replaced = {path: theta[name] for path, name in self.name_of_path.items() if name in theta}
-        return functional_call(self, replaced, (batch, after_loss), tie_weights=False)
+        return functional_call(self, replaced, args, tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
-        options = {"inputs": [*theta.values()], "create_graph": create_graph, "allow_unused": True}
-        grads = self.loss(theta, batch, lambda loss: torch.autograd.grad(loss, **options))
-        grads = dict(zip(theta, grads))
-        check_grads(grads, self.sets, "the loss of a support set")
+        grads = dict(zip(theta, self.call_with(theta, batch, [*theta.values()], create_graph)))
+        check_grads(grads, self.thetas, "the loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
 
-    def loss_after_backward(self, theta, batch, outer_params):
-        """L(f_θ, D), after its gradient has been added to the .grad of the outer parameters."""
-        def backward(loss):
-            loss.backward(inputs=outer_params)
-            return loss.detach()
-        return self.loss(theta, batch, after_loss=backward)
+    def loss(self, theta, batch, backward_to):
+        """L(f_θ, D). Adds its gradients to the .grad of the parameters `backward_to`, if any."""
+        return self.call_with(theta, batch, None, False, backward_to)
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
@@ -157,7 +158,7 @@ def require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
-def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
+def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
     require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad")
@@ -166,14 +167,14 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
     require(0 < inner_lr < math.inf, f"inner_lr must be positive and finite, not {inner_lr}")
     require(not isinstance(scheduler, ReduceLROnPlateau), "step ReduceLROnPlateau in your own loop")
-    are_dicts = all(isinstance(part, Mapping) for part in sets.values())
+    are_dicts = all(isinstance(part, Mapping) for part in thetas.values())
     require(are_dicts, "theta_p, theta_a and theta_h must be dicts of parameters")
-    if inner_steps:  # else it is plain fine-tuning, and sets may be empty
-        require(sets["theta_p"], "theta_p is empty: did a PE library freeze it?")
-        require(sets["theta_a"] or sets["theta_h"], "theta_a and theta_h are empty")
+    if inner_steps:  # else plain fine-tuning: both may be empty
+        require(thetas["theta_p"], "theta_p is empty: did a PE library freeze it?")
+        require(thetas["theta_a"] or thetas["theta_h"], "theta_a and theta_h are empty")
     model_params = dict(model.named_parameters(remove_duplicate=False))
     optimized, seen = {p for group in optimizer.param_groups for p in group["params"]}, set()
-    for set_name, part in sets.items():
+    for set_name, part in thetas.items():
         for name, p in part.items():
             own = model_params.get(name) is p
             require(own, f"{name} is not the model's: build {set_name} after wrapping or moving it")
@@ -186,11 +187,12 @@ def check_arguments(model, sets, optimizer, scheduler, inner_lr, inner_steps):
     extra = [tuple(p.shape) for p in optimized if p.requires_grad and p not in seen]
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
-def check_grads(grads, sets, loss_name):
-    """Raises ValueError if all gradients of a set are None. Sets not in `grads` are skipped."""
-    for set_name, part in sets.items():
+def check_grads(grads, thetas, loss_name):
+    """Raises ValueError if `grads` has gradients of a set, and all of them are None."""
+    for set_name, part in thetas.items():
         found = [grads[n] for n in part if n in grads]
-        require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
+        all_none = found and all(g is None for g in found)
+        require(not all_none, f"{loss_name} does not depend on {set_name}")
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler
@@ -215,9 +217,8 @@ def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) ->
 
 def parse_arguments():
     from adapters import MODEL_DEFAULTS, common_parser, positive
-    parser = common_parser(
-        "Prime an encoder, by Algorithm 1 or an ablation. The paper gives the defaults of "
-        "--inner-steps, --inner-lr and --outer-lr; those of --steps, sizes and lengths are ours.")
+    parser = common_parser("Prime an encoder, by Algorithm 1 or an ablation. The defaults of --steps, "
+                           "sizes and lengths are ours, the others the paper's.")
     add = parser.add_argument
     add("--src", nargs="+", default=["en", "es"], metavar="LANG", help="source languages")
     add("--method", choices=["meta", "maml", "ft"], default="meta", help="meta: Algorithm 1 (Table "
@@ -242,17 +243,14 @@ def main() -> None:
     import adapters
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
-    min_sentences = args.support + args.query
-    options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
+    options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
     # a resumed run may change these: model and data are compared by content, not by name
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16)
-    adapters.claim(args.output, settings)
-    if (record := args.output / "priming.json").exists():
-        adapters.read_record(record, check_weights=True)
+    if adapters.find_or_claim(args.output, settings, "priming.json"):
         return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = model.split_parameters()
     inner_steps, support, query = args.inner_steps, args.support, args.query
@@ -269,7 +267,7 @@ def main() -> None:
         model, theta_p=theta_p, theta_a=theta_a, theta_h=theta_h, batches=batches,
         loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr,
         inner_steps=inner_steps, maml=args.method == "maml",
-        encode=model.encode_sets if args.pe == "adapter" else None)  # bitfit's θa is inside f
+        encode=model.encode_sets if args.pe == "adapter" else None)  # else θa is inside f
     for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=None):
         losses.append(sum(query_losses))
         norm = nn.utils.get_total_norm([p.grad for p in outer_params if p.grad is not None])
@@ -283,5 +281,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     from adapters import cli
-
     cli(main)

@@ -231,7 +231,7 @@ def demo_tagger(demo, pe, attention="sdpa"):
         for p in model.split_parameters().a.values():
             p.add_(0.02 * torch.randn_like(p))
     model.encoder.set_attn_implementation(attention)
-    assert model.position_offset == 0  # packed, as in the command
+    assert model.first_position == 0  # packed, as in the command
     return model
 
 
@@ -516,7 +516,8 @@ def test_under_autocast_encode_keeps_the_gradient_of_theta_p():
 
 
 # sizes of θa for mBERT: 12 layers of width 768, feed-forward layers of width 3072
-IN_THETA_A = {"adapter": 2 * 64 * 768 + 64 + 768, "bitfit": 768 + 12 * (7 * 768 + 3072)}
+IN_THETA_A = {
+    "adapter": 2 * 64 * 768 + 64 + 768, "bitfit": 768 + 12 * (7 * 768 + 3072), "lora": 12 * 2 * 2 * 8 * 768}
 
 
 @pytest.mark.parametrize("pe", PE)
@@ -623,13 +624,13 @@ def test_fine_tuning_leaves_the_rest_bit_identical(tune, tmp_path):
     used = {name for name in encoder if ".pooler." not in name}
     tuned = {"head.weight", "head.bias"} | {
         "full": used, "head": set(), "bitfit": {name for name in used if name.endswith("bias")},
+        "lora": {name for model in taggers for name in model.state_dict() if ".lora_" in name},
         "adapter": {f"adapter.{layer}.{p}" for layer in ("down", "up") for p in ("weight", "bias")},
     }[tune]
     no_effect = {name for name in tuned if name.endswith("key.bias")}  # attention does not depend on it
-    assert ((True, True) in modes, (False, True) in modes) == (tune == "full", False)
-    assert len(taggers) == 2
+    assert ((True, True) in modes, (False, True) in modes, len(taggers)) == (tune == "full", False, 2)
     for model, before in taggers.items():
-        assert equal(encoder, before)  # both seeds start from it
+        assert equal(encoder, {re.sub("base_(model.model|layer).", "", n): p for n, p in before.items()})
         assert tuned - no_effect <= moved(model.state_dict(), before) <= tuned
 
 

@@ -128,7 +128,7 @@ def tune(job, encoder, train, test, *, epochs, lr, seed, device):
         _, theta_a, theta_h = model.split_parameters()
         tuned = {**theta_a, **theta_h}
         with torch.no_grad():
-            train = model.encode(train)
+            (train,) = model.encode_sets([train])
     else:
         model = build(add_lora(encoder, "FEATURE_EXTRACTION"), pe=None)
         tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}

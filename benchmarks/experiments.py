@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import adapters
 import report
 
+LORA = ["--pe", "lora"]
 STEPS = ["--outer-lr", "2e-4", "--steps", "300"]
 PRIMING = {  # flags of prime.py; None: no priming
     "none": None,  # AT
@@ -51,11 +52,11 @@ PRIMING = {  # flags of prime.py; None: no priming
     "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
     "meta-bitfit": [*STEPS, "--pe", "bitfit"],
     "ft-bitfit": [*STEPS, "--method", "ft", "--pe", "bitfit"],
-    "lora-none": None,  # by examples/lora.py, as the next
-    "lora-ft": [*STEPS, "--method", "ft"],
-    "lora-meta": [*STEPS, "--inner-lr", "0.1"],
-    "lora-meta-0.03": [*STEPS, "--inner-lr", "0.03"],
-    "lora-meta-0.3": [*STEPS, "--inner-lr", "0.3"],
+    "lora-none": None,
+    "lora-ft": [*STEPS, "--method", "ft", *LORA],
+    "lora-meta": [*STEPS, "--inner-lr", "0.1", *LORA],
+    "lora-meta-0.03": [*STEPS, "--inner-lr", "0.03", *LORA],
+    "lora-meta-0.3": [*STEPS, "--inner-lr", "0.3", *LORA],
 }
 TUNING = {  # flags of finetune.py by number of training sentences; None: any other number
     "none": {200: "--min-steps 250", None: "--min-steps 750"},  # by baseline_search.py, as the next
@@ -65,10 +66,11 @@ TUNING = {  # flags of finetune.py by number of training sentences; None: any ot
     "none-bitfit": {None: "--pe bitfit --min-steps 750"},
     "meta-bf16": {None: "--bf16"},
     **dict.fromkeys(  # the best of 1e-3, 3e-3 and, for lora-none, 1e-2, on German
-        ["lora-none", "lora-meta"], {200: "--min-steps 250 --lr 3e-3", None: "--epochs 3 --min-steps 750"}),
+        ["lora-none", "lora-meta"],
+        {200: "--pe lora --min-steps 250 --lr 3e-3", None: "--pe lora --epochs 3 --min-steps 750 --lr 1e-3"}),
     **dict.fromkeys(
         ["lora-ft", "lora-meta-0.03", "lora-meta-0.3"],
-        {200: "--min-steps 250", None: "--epochs 3 --min-steps 750"}),
+        {200: "--pe lora --min-steps 250 --lr 1e-3", None: "--pe lora --epochs 3 --min-steps 750 --lr 1e-3"}),
 }
 PAIRS = [
     ("meta", "ft"), ("meta", "maml"), ("meta", "one-step"), ("meta", "paper-alpha"), ("paper-alpha", "maml"),
@@ -100,12 +102,16 @@ def tuning_flags(priming: str, train_size: int) -> list[str]:
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The lines of the results file, with `train_size` for its key `asked`, and `none-head` for head tuning,
-    which older lines call `none` with `--tune head`."""
+    which older lines call `none` with `--tune head`. Older lines with LoRA omit flags of finetune.py that
+    were the defaults of a script."""
     lines = report.read_lines(path)
     for line in lines:
         line["train_size"] = line["asked"]
         if line["priming"] == "none" and "--tune head" in line["tuning"]:
             line["priming"] = "none-head"
+        if line["priming"].startswith("lora") and "--pe lora" not in line["tuning"]:
+            default_lr = "" if "--lr" in line["tuning"] else " --lr 1e-3"
+            line["tuning"] = f"--pe lora {line['tuning']}{default_lr}"
     return lines
 
 
@@ -115,7 +121,7 @@ def run_experiments(
     run: Callable[..., None] = run_command,
 ) -> None:
     """Primes, unless no result is missing, and tunes for each target and size of which there is none yet."""
-    folder, lora = output / f"{priming}-{seed}", priming.startswith("lora")
+    folder = output / f"{priming}-{seed}"
     start = ["--init", folder] if PRIMING[priming] else ["--init", "none", "--model", model]
     output.mkdir(parents=True, exist_ok=True)
     for target, size in ((target, size) for target in targets for size in sizes):
@@ -127,20 +133,12 @@ def run_experiments(
             continue
         if PRIMING[priming] and not (folder / "priming.json").exists():
             flags = ["--model", model, "--data", data, *PRIMING[priming], "--seed", seed, "--output", folder]
-            if lora:
-                run("examples/lora.py", "prime", *flags)
-            else:
-                script = "benchmarks/ablate_new_heads.py" if priming == "new-heads" else "prime.py"
-                run(script, *flags, "--save-every", 10**6)
+            script = "benchmarks/ablate_new_heads.py" if priming == "new-heads" else "prime.py"
+            run(script, *flags, "--save-every", 10**6)
         written = output / f"{priming}-{seed}-{target}-{size}-{split}"
         shutil.rmtree(written, ignore_errors=True)
-        flags = ["--tgt", target, "--data", data, *start, "--limit-train", size, "--limit-test", limit_test,
-                 "--split", split, *tuning]
-        if lora:
-            written.mkdir()
-            run("examples/lora.py", "tune", *flags, "--seed", seed, "--results", written / "tuned.json")
-        else:
-            run("finetune.py", *flags, "--seeds", seed, "--results", written)
+        run("finetune.py", "--tgt", target, "--data", data, *start, "--limit-train", size, "--limit-test",
+            limit_test, "--split", split, *tuning, "--seeds", seed, "--results", written)
         (path,) = written.glob("*.json")
         record = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: record[name] for name in KEPT}

@@ -34,9 +34,9 @@ class ScaledTagger(adapters.Tagger):
 
     scale = 1.0
 
-    def encode(self, sentences):
-        encoded = super().encode(sentences)
-        return [sentence._replace(features=self.scale * sentence.features) for sentence in encoded]
+    def encode_sets(self, sets):
+        return [[sentence._replace(features=self.scale * sentence.features) for sentence in sentences]
+                for sentences in super().encode_sets(sets)]
 
 
 def measure(encoder, corpora, scale, alpha, *, steps, outer_lr, seed):
@@ -45,7 +45,7 @@ def measure(encoder, corpora, scale, alpha, *, steps, outer_lr, seed):
     model = ScaledTagger(copy.deepcopy(encoder), len(adapters.tag_names(TYPES))).eval()
     model.scale = scale
     with torch.no_grad():
-        features = torch.cat([s.features for s in model.encode(corpora[0][:100])])
+        features = torch.cat([s.features for s in model.encode_sets([corpora[0][:100]])[0]])
     theta_p, theta_a, theta_h = model.split_parameters()
     outer_params = [*theta_p.values(), *theta_a.values()]
     optimizer, scheduler = prime.adamw_with_linear_decay(outer_params, outer_lr, steps)

@@ -139,9 +139,9 @@ def table_rows(model, steps, fine_tuning_step, only):
     """The steps to time, functions of a batch of tasks by name. `only`: beginnings of the names to add to the
     fine-tuning step and the meta step."""
     def padded(step, tasks):
-        offset, model.position_offset = model.position_offset, None  # a row per sentence
+        offset, model.first_position = model.first_position, None  # a row per sentence
         step(tasks)
-        model.position_offset = offset
+        model.first_position = offset
 
     rows = {"fine-tuning step": fine_tuning_step,
             "fine-tuning step, padded": functools.partial(padded, fine_tuning_step)}

@@ -26,7 +26,9 @@ import pandas
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from load import load_tagger
+
 import adapters
 import finetune
 import report
@@ -113,7 +115,7 @@ def read_results(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 def score_distinct(tuned: Path, data: Path, results: Path) -> None:
     """Scores a model on the test sentences that `write_distinct` wrote, and writes a record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # finetune.py's default
-    model, tokenizer, tags = finetune.load_tagger(tuned, device=device)
+    model, tokenizer, tags = load_tagger(tuned, device=device)
     record = adapters.read_record(tuned / "tuned.json", check_weights=True)
     sentences = adapters.load_sentences(
         str(data), record["target"], "test", tokenizer, TYPES, record["max_length"])

@@ -15,7 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from load import load_tagger
+
 import adapters
 import finetune
 
@@ -39,7 +41,7 @@ def main() -> None:
         text = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
         with adapters.error_context(f"{args.file}: expected UTF-8"):
             sentences = [(words, [0] * len(words)) for words in split_words(text)]
-    model, tokenizer, tags = finetune.load_tagger(args.folder, args.init)
+    model, tokenizer, tags = load_tagger(args.folder, args.init)
     if args.gold:
         types = [tag.removeprefix("B-") for tag in tags if tag.startswith("B-")]
         sentences = adapters.read_split(*args.gold, types)

@@ -12,9 +12,9 @@ from conftest import (
     DEMO, FROM_PRETRAINED, HERE, HINDI, SLOW_PRIMING, SMALL_TUNING, TYPES, command, edit_json, random_encoder,
     save_encoder,
 )
+from load import load_tagger
 
 import adapters
-import finetune
 
 
 @pytest.mark.parametrize(
@@ -81,17 +81,17 @@ def broken_folders(tmp_path, primed, tuned):
         return data[:-9]
 
     model = ["--init", "none", "--model"]
-    yield [*model, copied("no-tokenizer", without=["tokenizer*"])], "no-tokenizer: the tokenizer has "
+    yield [*model, copied("no-tokenizer", without=["tokenizer*"])], "no-tokenizer has no vocabulary file"
     yield [*model, copied("no-weights", without=["*.safetensors"])], "no-weights (offline, give a folder): OSError"
     few = save_encoder(random_encoder("Bert", 1000), tmp_path / "few")
-    yield [*model, few], "few: the tokenizer has 1834 word pieces, the encoder 1000"
+    yield [*model, few], "few: 1834 word pieces, but the encoder has 1000"
     yield ["--init", copied("no-record", primed, ["priming.json"])], "no-record/priming.json: expected"
     yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json/priming.json: expected"
     yield ["--init", edited("key", "priming.json", lambda data: b"{}")], "key/priming.json: expected"
     yield ["--init", edited("list", "priming.json", lambda data: b"[]")], "list/priming.json: expected"
-    yield ["--init", edited("cut", "adapter.safetensors", cut)], "cut: a weights file is missing or not"
-    yield ["--init", edited("weights", "model.safetensors", cut)], "weights: a weights file is missing or not"
-    yield edited("load", "tuned.safetensors", cut, tuned), "load: a weights file is missing or not"
+    yield ["--init", edited("cut", "adapter.safetensors", cut)], "cut: a weights file is missing or unlike"
+    yield ["--init", edited("weights", "model.safetensors", cut)], "weights: a weights file is missing or unlike"
+    yield edited("load", "tuned.safetensors", cut, tuned), "load: a weights file is missing or unlike"
     yield copied("no-tuned", tuned, ["*.json"]), "no-tuned/tuned.json: expected"
 
 
@@ -99,7 +99,7 @@ def test_a_broken_folder_is_named_and_nothing_is_written(table, primed, tmp_path
     for flags, message in broken_folders(tmp_path, primed, table[4][0] / "tuned/hi-0"):
         if not isinstance(flags, list):
             with pytest.raises(adapters.UserError, match=message):
-                finetune.load_tagger(flags)
+                load_tagger(flags)
             continue
         done = command("finetune.py", *HINDI, *SMALL_TUNING, "--results", tmp_path / "r", *flags, status=2)
         (line,) = done.stderr.splitlines()
@@ -123,10 +123,10 @@ def test_a_result_file_that_is_not_ours_is_named_and_not_touched(content, tmp_pa
 def test_a_record_without_a_setting_is_named(primed, tmp_path):
     folder = shutil.copytree(primed, tmp_path / "folder")
     record = json.loads((folder / "priming.json").read_text())
-    del record["bottleneck"]
+    del record["pe"]
     (folder / "priming.json").write_text(json.dumps(record))
     done = command("finetune.py", *HINDI, "--init", folder, "--results", tmp_path / "r", status=2)
-    assert done.stderr == f"finetune.py: --bottleneck 64: {folder} has None\n"
+    assert done.stderr == f"finetune.py: --pe adapter: {folder} has None\n"
 
 
 @pytest.mark.parametrize("changes", [{"pe": "bitfit"}, {"bottleneck": 9}], ids=str)
@@ -138,13 +138,13 @@ def test_parameters_that_do_not_fit_an_edited_record_are_never_ignored(changes, 
     tuned = shutil.copytree(table[4][0] / "tuned/hi-0", tmp_path / "tuned")
     edit_json(tuned / "tuned.json", **changes)
     with pytest.raises(RuntimeError, match="Error.* in loading state_dict for Tagger"):
-        finetune.load_tagger(tuned, str(table[4][0] / "primed"))
+        load_tagger(tuned, str(table[4][0] / "primed"))
 
 
 def test_a_terminal_without_greek_letters_gets_help_and_messages(tmp_path):
     for script in ("prime.py", "finetune.py"):
         help = command(script, "--help", encoding="ascii").stdout
-        assert "--bottleneck" in help and "?a: an adapter, or f's biases" in " ".join(help.split())
+        assert "--bottleneck" in help and "PE method: what ?a is" in " ".join(help.split())
     done = command("prime.py", *SLOW_PRIMING, "--output", tmp_path / "primed", encoding="ascii")
     assert done.stdout.splitlines()[-1].startswith(f"{tmp_path}/primed: 12 steps; query loss ")
     (line,) = command("prime.py", *SLOW_PRIMING, "--src", "θ", status=2, encoding="ascii").stderr.splitlines()
@@ -241,7 +241,7 @@ def test_a_tagger_loads_or_raises_one_error_for_20_mutated_records(table, tmp_pa
     for _ in range(20):
         (folder / "tuned.json").write_bytes(mutate(original, rng))
         try:
-            finetune.load_tagger(folder, str(table[4][0] / "primed"))
+            load_tagger(folder, str(table[4][0] / "primed"))
             statuses.add("loaded")
         except adapters.UserError as error:
             assert "\n" not in str(error)

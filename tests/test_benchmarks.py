@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, command, moved, needs_peft, random_encoder, read_results, save_encoder, tensors,
+    DEMO, HERE, command, moved, random_encoder, read_results, save_encoder, tensors,
 )
 
 import ablate_new_heads
@@ -89,28 +89,14 @@ def test_an_experiment_primes_once_and_never_repeats_a_result(tmp_path):
     assert all({"commit", "model_crc32", "data_crc32", "versions"} <= line.keys() for line in lines)
 
 
-@needs_peft
-def test_experiments_with_lora_are_run_by_lora_py_and_keep_its_score(tmp_path):
-    """Both of its commands run, on few sentences; the line has the score that `tune` prints."""
-    printed = []
-
-    def run(script, *flags):
-        small = {"prime": ["--steps", 1, "--support", 4], "tune": ["--epochs", 1, "--min-steps", 1]}
-        done = command(script, *flags, *small[flags[0]])
-        printed.append((script, flags[0], done.stdout))
-
-    options = {"model": "demo/encoder", "data": "demo/wikiann", "split": "validation", "limit_test": 30,
-               "more_tuning": [], "output": tmp_path / "out", "results": tmp_path / "lines.jsonl", "run": run}
-    for priming in ("lora-none", "lora-meta"):
-        experiments.run_experiments(priming, 3, targets=["hi"], sizes=[30], **options)
-    commands = [("examples/lora.py", name) for name in ("tune", "prime", "tune")]
-    assert [done[:2] for done in printed] == commands
-    lines = report.read_lines(tmp_path / "lines.jsonl")
-    assert [line["priming"] for line in lines] == ["lora-none", "lora-meta"]
-    for line, (_, _, stdout) in zip(lines, (printed[0], printed[2])):
-        assert f"hi seed 3: F1 {line['f1']:.2f} " in stdout
-        found = [line[name] for name in ("target", "seed", "split", "train_sentences", "test_sentences")]
-        assert found == ["hi", 3, "validation", 30, 30]
+def test_older_lines_with_lora_get_the_flags_that_finetune_py_needs(tmp_path):
+    line = {"priming": "lora-ft", "asked": 200, "tuning": "--min-steps 250"}
+    report.append_line(tmp_path / "lines.jsonl", line)
+    report.append_line(tmp_path / "lines.jsonl", {**line, "tuning": "--min-steps 250 --lr 3e-3"})
+    report.append_line(tmp_path / "lines.jsonl", {**line, "tuning": "--pe lora --min-steps 250"})
+    tuning = [line["tuning"] for line in experiments.read_results(tmp_path / "lines.jsonl")]
+    assert tuning == ["--pe lora --min-steps 250 --lr 1e-3", "--pe lora --min-steps 250 --lr 3e-3",
+                      "--pe lora --min-steps 250"]
 
 
 # ---- other benchmarks ----

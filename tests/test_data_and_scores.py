@@ -240,7 +240,7 @@ def test_a_word_without_a_piece_has_no_features_and_no_loss(demo):
     (sentence,) = adapters.tokenize([(["a", "\u200d", "b"], [1, 2, 5])], demo[1], 128)
     assert sentence.word_starts[1] == -1 and min(sentence.word_starts[::2]) > 0
     model = adapters.Tagger(random_encoder("Bert", len(demo[1])), 7).double().eval()
-    assert model.encode([sentence])[0].features.shape == (2, 16)
+    assert model.encode_sets([[sentence]])[0][0].features.shape == (2, 16)
     logits = torch.randn(2, 7)
     expected = nn.functional.cross_entropy(logits, torch.tensor([1, 5]))
     assert torch.equal(adapters.tag_loss(lambda sentences: logits, [sentence]), expected)

@@ -11,6 +11,7 @@ from conftest import (
     FROM_PRETRAINED, HERE, HINDI, SMALL_TUNING, TAGS, command, moved, needs_peft,
     random_encoder, read_results, save_encoder, score_saved,
 )
+from load import load_tagger
 
 import adapters
 import finetune
@@ -56,7 +57,7 @@ def test_each_word_of_a_text_gets_the_models_tag_and_each_line_of_text_a_sentenc
     sentences = sentences_of(done.stdout)
     assert [[word for word, _ in sentence] for sentence in sentences] == WORDS
     assert done.stderr == ""
-    model, tokenizer, tags = finetune.load_tagger(str(tuned / tune / "hi-0"))
+    model, tokenizer, tags = load_tagger(str(tuned / tune / "hi-0"))
     assert tags == TAGS
     for sentence, words in zip(sentences, WORDS, strict=True):
         if words:
@@ -124,7 +125,7 @@ def test_transformers_gives_the_same_logits_from_an_exported_folder(tune, tuned,
     command("examples/export.py", tuned / tune / "hi-0", tmp_path / "out")
     exported = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
     assert exported.config.id2label == dict(enumerate(TAGS))
-    model, tokenizer, _ = finetune.load_tagger(tuned / tune / "hi-0")
+    model, tokenizer, _ = load_tagger(tuned / tune / "hi-0")
     (sentence,) = adapters.tokenize([(["Delhi", "is", "here"], [0, 0, 0])], tokenizer, 128)
     logits = exported(input_ids=torch.tensor([sentence.input_ids])).logits[0, sentence.word_starts]
     torch.testing.assert_close(logits, model([sentence]), rtol=0, atol=1e-5)
@@ -137,7 +138,7 @@ def test_what_cannot_be_exported_ends_with_one_line_and_writes_nothing(tuned, tm
         (line,) = command("examples/export.py", folder, output, status=2).stderr.splitlines()
         return line
 
-    assert "transformers has no class for --tune adapter" in failure(tuned / "adapter/hi-0", tmp_path / "out")
+    assert "transformers has no class for --pe adapter" in failure(tuned / "adapter/hi-0", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     assert f"{tmp_path}/mine already exists" in failure(tuned / "head/hi-0", tmp_path / "mine")
     encoder = save_encoder(random_encoder("Splinter", 1834), tmp_path / "encoder")
@@ -212,7 +213,7 @@ def test_serving_many_languages_from_one_encoder_as_the_examples_readme_does(tmp
     assert scope["taggers"].keys() == {"hi-0", "nl-0"}
     for name, tagger in scope["taggers"].items():
         assert tagger.encoder is scope["first"].encoder
-        alone, _, tags = finetune.load_tagger(tmp_path / "tuned" / name)
+        alone, _, tags = load_tagger(tmp_path / "tuned" / name)
         served, expected = (finetune.predict(model, scope["sentences"], tags) for model in (tagger, alone))
         assert served == expected
 

@@ -266,7 +266,7 @@ def test_a_claim_that_a_kill_left_empty_is_named(tmp_path):
     (tmp_path / "primed/settings.json").touch()
     done = command("prime.py", *SLOW_PRIMING, "--output", tmp_path / "primed", status=2)
     (line,) = done.stderr.splitlines()
-    assert f"{tmp_path}/primed/settings.json: expected the record of a run" in line
+    assert f"{tmp_path}/primed/settings.json: expected a run's record" in line
 
 
 def test_one_of_two_different_runs_at_once_wins_and_the_other_is_told_why(tmp_path):

@@ -40,12 +40,12 @@ def make_encoder(architecture, demo):
 def test_features_equal_those_of_one_sentence_at_a_time(architecture, demo):
     sentences, encoder = demo[2], make_encoder(architecture, demo)
     model = adapters.Tagger(encoder, 7).double().eval()
-    assert model.position_offset == POSITION_OFFSETS[architecture]
+    assert model.first_position == POSITION_OFFSETS[architecture]
     chosen = [*sentences[:60], max(sentences, key=lambda s: len(s.input_ids))]
     if architecture == "the demo's":
         chosen += sentences[60:290]  # more than one chunk of `encode`
     with torch.no_grad():
-        for encoded, sentence in zip(model.encode(chosen), chosen, strict=True):
+        for encoded, sentence in zip(*model.encode_sets([chosen]), chosen, strict=True):
             hidden = encoder(input_ids=torch.tensor([sentence.input_ids])).last_hidden_state[0]
             torch.testing.assert_close(encoded.features, hidden[sentence.word_starts], rtol=0, atol=1e-11)
             assert encoded._replace(features=None) == sentence
@@ -54,10 +54,10 @@ def test_features_equal_those_of_one_sentence_at_a_time(architecture, demo):
 @pytest.mark.parametrize("architecture", ["Bert", "Roberta", "XLMRoberta"])
 def test_a_causal_encoder_is_not_packed_and_stays_causal(architecture, demo):
     model = adapters.Tagger(make_encoder(f"causal {architecture}", demo), 7).double().eval()
-    assert model.position_offset is None
+    assert model.first_position is None
     sentence, other = demo[2][:2]
     changed = sentence._replace(input_ids=sentence.input_ids[:-1] + [7])
-    encoded = model.encode([sentence, changed, other])
+    (encoded,) = model.encode_sets([[sentence, changed, other]])
     unchanged = sum(start < len(sentence.input_ids) - 1 for start in sentence.word_starts)
     assert torch.equal(encoded[0].features[:unchanged], encoded[1].features[:unchanged])
 
@@ -98,7 +98,7 @@ def test_packed_rows_hold_little_padding(demo):
     hook = encoder.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     with hook, torch.no_grad():
-        model.encode(sentences[:200])
+        model.encode_sets([sentences[:200]])
     pieces = sum(len(s.input_ids) for s in sentences[:200])
     assert 0.8 * sum(map(math.prod, shapes)) <= pieces <= sum(map(math.prod, shapes))
 
@@ -109,7 +109,7 @@ def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, bottleneck=8, bf16=bf16).eval()
-        assert model.position_offset == 0
+        assert model.first_position == 0
         dtypes = set()
         query = model.encoder.encoder.layer[0].attention.self.query
         query.register_forward_hook(lambda module, args, output, dtypes=dtypes: dtypes.add(output.dtype))

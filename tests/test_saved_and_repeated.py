@@ -10,11 +10,11 @@ from conftest import (
     DEMO, FROM_PRETRAINED, HINDI, SMALL_PRIMING, SMALL_TUNING, TAGS, TUNING, TYPES, command, edit_json,
     moved, read_results, run_process, score_saved, snapshot, start_process, tensors,
 )
+from load import load_tagger
 from safetensors.torch import save_file
 from test_long_runs import killed_before_replacement, primed_bytes
 
 import adapters
-import finetune
 
 
 def change_one_weight(encoder, by=1e-3):
@@ -32,7 +32,7 @@ def test_a_saved_model_scores_the_same_without_training_data(row, table, tmp_pat
     shutil.copytree("demo/wikiann/hi", tmp_path / "hi", ignore=shutil.ignore_patterns("train.txt"))
     _, trained = read_results(folder / "results")
     assert score_saved(folder / "tuned/hi-1", data=tmp_path, limit=30) == trained["f1"]
-    model, tokenizer, tags = finetune.load_tagger(folder / "tuned/hi-1")
+    model, tokenizer, tags = load_tagger(folder / "tuned/hi-1")
     assert tags == TAGS and tokenizer.model_max_length == trained["max_length"]
     assert model.pe == {1: None, 2: None, 4: "adapter"}[row] and not model.training
 
@@ -52,7 +52,7 @@ def test_a_saved_model_finds_its_encoder_after_both_were_moved(moved_together, t
     assert score_saved(moved_together / "tuned/hi-0", limit=30) == f1
     (moved_together / "tuned").rename(tmp_path / "tuned")
     with pytest.raises(adapters.UserError, match="primed"):
-        finetune.load_tagger(tmp_path / "tuned/hi-0")
+        load_tagger(tmp_path / "tuned/hi-0")
     assert score_saved(tmp_path / "tuned/hi-0", limit=30, base=str(moved_together / "primed")) == f1
 
 
@@ -77,10 +77,10 @@ def test_a_saved_model_without_its_weights_is_not_called_done(tmp_path):
 def test_a_saved_model_is_refused_on_another_encoder(table, moved_together):
     tuned, other = moved_together / "tuned/hi-0", str(table[7][0] / "primed")
     with pytest.raises(adapters.UserError, match=f"{tuned} was not tuned on {other}"):
-        finetune.load_tagger(tuned, other)
+        load_tagger(tuned, other)
     change_one_weight(moved_together / "primed")
     with pytest.raises(adapters.UserError, match=f"{tuned} was not tuned on "):
-        finetune.load_tagger(tuned)
+        load_tagger(tuned)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_flags_that_contradict_a_primed_folder_are_refused(flag, value, primed, 
 
 
 def test_settings_come_from_the_primed_folder_and_without_one_from_prime_pys_defaults(table):
-    for row, bottleneck in ((4, 8), (2, 64)):
+    for row, bottleneck in ((4, 8), (2, None)):  # None: the default of the kind of θa
         record = read_results(table[row][0] / "results")[0]
         settings = [record[name] for name in ("model", "pe", "bottleneck", "types")]
         assert settings == ["demo/encoder", "adapter", bottleneck, TYPES]
@@ -206,7 +206,8 @@ def test_save_works_after_a_run_without_it(tmp_path):
     (without,) = read_results(tmp_path / "r")
     command("finetune.py", *flags, "--save", tmp_path / "tuned")
     (record,) = read_results(tmp_path / "r")
-    assert record == without | {"save": str(tmp_path / "tuned")}
+    saved = json.loads((tmp_path / "tuned/hi-0/tuned.json").read_text())
+    assert record == saved and {name: saved[name] for name in without} == without | {"save": saved["save"]}
     assert tensors(tmp_path / "tuned/hi-0", "tuned.safetensors")
     assert "done before" in command("finetune.py", *flags, "--save", tmp_path / "tuned").stdout
 
