@@ -8,7 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
-    logging.set_verbosity_error()  # checked below
+    logging.set_verbosity_error()  # weights are checked below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
@@ -151,7 +151,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises if it has none
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # unused weights of a head are fine; those of one layer too many show that config.json is wrong
+    # unused weights of a head are fine, but not of layer N if config.json has layers 0 to N - 1
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     unmasked = ("fnet", "convbert", "nystromformer", "yoso")
@@ -227,7 +227,7 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     from datasets import load_dataset
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
-        rows = [list(zip(*row, strict=True)) for row in zip(table["tokens"], table["ner_tags"])]
+        rows = [list(zip(*pair, strict=True)) for pair in zip(table["tokens"], table["ner_tags"])]
     kind = getattr(table.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(kind, "names", [])))
     for number, row in enumerate(rows, start=1):
@@ -252,16 +252,19 @@ def error_context(source: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `path`, or deleted if UserError is raised."""
+    """Yields a temporary path, which is renamed to `path` on success and deleted on failure."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with error_context(f"writing {path}"), ExitStack() as stack:
-        stack.callback(new.unlink, missing_ok=True)
-        yield new
-        # save_primed of a second process that runs the same command may have deleted it
-        with suppress(FileNotFoundError):
-            new.replace(path)
+    with error_context(f"writing {path}"):
+        try:
+            yield new
+            # a second process of the same command may have finished, in which save_primed deletes
+            # all *.new files: this one is no longer needed
+            with suppress(FileNotFoundError):
+                new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
-def find_or_claim(folder: Path, settings: dict, record_name: str) -> dict | None:
+def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | None:
     """The record of a finished run, or None if the run is still to be done; settings.json marks the
     folder as this run's. Raises UserError if the folder holds another run or other files."""
     path, record_file = folder / "settings.json", folder / record_name
@@ -338,17 +341,15 @@ def cli(main: Callable[[], None]) -> None:
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of both commands."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # unset: prime.py has MODEL_DEFAULTS, finetune.py takes the values of the primed folder
+    # an unset flag is not in args: prime.py sets MODEL_DEFAULTS, finetune.py the primed values
     add, unset = parser.add_argument, argparse.SUPPRESS
     add("--model", default=unset, help="encoder: hub name or folder")
     add("--data", default="unimelb-nlp/wikiann", help="labelled sentences: hub name or folder")
     add("--types", default=unset, nargs="+", help="entity types, tagged B-X and I-X")
     add("--pe", default=unset, choices=["adapter", "bitfit", "lora"], help="PE method: what θa is")
-    add("--bottleneck", default=unset, type=positive(int),
-        help="width of the adapter (default 64) or rank of LoRA (8)")
+    add("--bottleneck", default=unset, type=positive(int), help="width of adapter (64), rank of LoRA (8)")
     add("--max-length", type=positive(int), default=128, help="word pieces per sentence")
     add("--limit-train", type=positive(int), help="only the first N training sentences")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")

@@ -27,9 +27,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken from "
-        "the folder --init; with --init none they default to the paper's values, as in prime.py. "
-        "So do --data and --tgt. All other defaults are ours.")
+        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken "
+        "from the folder --init; with --init none, these four default to the paper's values. "
+        "--data and --tgt always do. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -48,8 +48,8 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        saved = args.priming.get(name)
-        value = getattr(args, name, saved or default)
+        saved = args.priming.get(name) if args.priming else default
+        value = getattr(args, name, saved)  # in args if the flag is given
         expect(not args.priming or value == saved, f"--{name} {value}: {args.init} has {saved}")
         setattr(args, name, value)
     return args
@@ -67,7 +67,7 @@ def main() -> None:
         data[language] = train, test
     not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
     common = {n: v for n, v in vars(args).items() if n not in not_compared}
-    common["primed_weights"] = args.priming.get("files")  # checksums
+    common["primed_weights"] = args.priming.get("files")
     records, runs = [], plan_runs(common, args.seeds, data, encoder, args.results, args.save)
     for settings, result_file, save_folder, record, train, test in runs:
         done = record is not None
@@ -80,9 +80,9 @@ def main() -> None:
             tuned = theta_a | theta_h | (theta_p if args.tune == "full" else {})
             for p in theta_p.values():
                 p.requires_grad_(args.tune == "full")
-            encoder_is_frozen = pe == "adapter" or args.tune == "head"
-            if encoder_is_frozen and test[0].features is None:
-                train[:], test[:] = model.encode_sets([train, test])  # in place, for later seeds
+            if (pe == "adapter" or args.tune == "head") and test[0].features is None:
+                # f is frozen: encode once, in place, as all seeds of a language share the two lists
+                train[:], test[:] = model.encode_sets([train, test])
             fine_tune(
                 model, tuned, train, epochs=args.epochs, min_steps=args.min_steps, lr=args.lr,
                 batch_size=args.batch_size, seed=settings["seed"], dropout=args.tune == "full")
@@ -90,11 +90,11 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(BrokenPipeError):  # the other runs go on
+        with suppress(BrokenPipeError):  # other runs go on
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if save_folder and not done:
             save_tuned(save_folder, settings, record, model, tuned)
-        if not done or not result_file.exists():
+        if not done or not result_file.exists():  # --results may lack it
             adapters.write_record(result_file, record)
         records.append(record)
     if len(records) > 1:
@@ -116,9 +116,9 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, record = (save / name if save else None), None
-            # with --save, its folder decides whether a run is done; save_tuned claims a new one
+            # with --save, the folder alone shows whether a run is done; save_tuned makes a new one
             if folder and folder.exists():
-                record = adapters.find_or_claim(folder, settings, "tuned.json")
+                record = adapters.find_run_or_claim(folder, settings, "tuned.json")
             elif not folder and result.exists():
                 record = read_record(result, settings)
             runs.append((settings, result, folder, record, train, test))
@@ -157,7 +157,7 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
 
 def save_tuned(folder: Path, settings, record: dict, model: Tagger, tuned) -> None:
     """Writes what examples/load.py reads, tuned.json last. Adds `base` and `files` to record."""
-    adapters.find_or_claim(folder, settings, "tuned.json")
+    adapters.find_run_or_claim(folder, settings, "tuned.json")
     base = model.encoder.name_or_path
     if os.path.isdir(base):  # relative, so that base and folder can be moved together
         base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))

@@ -17,9 +17,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-Batch = Any  # whatever the loss accepts
-Task = tuple[Batch, Batch]  # a support set and a query set
-Loss = Callable[[nn.Module, Batch], Tensor]  # L(f_θ, D)
+Task = tuple[Any, Any]  # a support set and a query set: whatever the loss accepts
+Loss = Callable[[nn.Module, Any], Tensor]  # L(f_θ, D)
 Parameters = Mapping[str, nn.Parameter]  # a named part of `model.named_parameters()`
 CHECKPOINTING_ERROR = "activation checkpointing works neither with second_order nor with encode"
 
@@ -28,7 +27,7 @@ def prime(
     batches: Iterable[Iterable[Task]], loss: Loss,
     optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None = None,
     inner_lr: float = 0.03, inner_steps: int = 5, maml: bool = False, second_order: bool = False,
-    encode: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None,
+    encode: Callable[[Sequence], Sequence] | None = None,
 ) -> Iterator[list[float]]:
     """Algorithm 1 as a generator. Each iteration runs one meta step (lines 2 to 9), which updates the
     parameters in place, and yields one query loss per task. Nothing happens until you iterate;
@@ -50,7 +49,6 @@ def prime(
         sets (without gradients, unless second_order), then for all query sets (with gradients, for
         θp). The inner steps then skip f, with the same result. Ignored with `maml`.
     Before each update, raises ValueError for mistakes that would otherwise give a wrong result.
-    Tensor hooks (`register_hook`) on θa and θh do not act in the inner loop.
     """
     encode = None if maml else encode
     thetas = {"theta_p": theta_p, "theta_a": theta_a, "theta_h": theta_h}
@@ -70,9 +68,9 @@ def prime(
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
-            # line 9 sums the tasks' gradients; with encode, all tasks share a graph: see below
+            # adds ∇ L_Ti to .grad; with encode, all tasks share a graph: done after the loop instead
             backward_to = None if encode else outer_params
-            query_losses.append(f_theta.loss(theta_i, query, backward_to))
+            query_losses.append(f_theta.loss_and_backward(theta_i, query, backward_to))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
@@ -91,16 +89,16 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ for any θ: `functional_call` runs `forward` with the parameters `theta` in the
-    model, and then puts the model's own back. The backward pass is a part of `forward`, because
-    activation checkpointing runs the model again in it. A loss that is differentiated later (with
-    second_order or encode) must not be checkpointed: `forbid_checkpointing`."""
+    """The paper's f_θ for any θ: `functional_call` runs `forward` with the parameters `theta` in
+    the model, and then puts the model's own back. Activation checkpointing runs the model again in
+    the backward pass, which must therefore happen while `theta` is in the model: `forward` runs it
+    too. If another one comes later (with second_order or encode), checkpointing is an error."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # functional_call needs every path of a parameter in this module, such as "model.head.bias";
-        # a tied parameter has several. `theta` has one name for each parameter
+        # for each path in this module ("model.head.bias") the name in `theta` ("head.bias"), if it
+        # has one; functional_call must replace all paths of a tied parameter
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
@@ -108,6 +106,7 @@ class FunctionalModel(nn.Module):
                 self.name_of_path[f"{path}.{n}"] = name_of.get(p)
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
+        """The loss; or, with `grads_of`, its gradients; with `backward_to`, adds them to .grad."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
@@ -132,7 +131,7 @@ class FunctionalModel(nn.Module):
         check_grads(grads, self.thetas, "the loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
 
-    def loss(self, theta, batch, backward_to):
+    def loss_and_backward(self, theta, batch, backward_to):
         """L(f_θ, D). Adds its gradients to the .grad of the parameters `backward_to`, if any."""
         return self.call_with(theta, batch, None, False, backward_to)
 
@@ -169,7 +168,7 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(not isinstance(scheduler, ReduceLROnPlateau), "step ReduceLROnPlateau in your own loop")
     are_dicts = all(isinstance(part, Mapping) for part in thetas.values())
     require(are_dicts, "theta_p, theta_a and theta_h must be dicts of parameters")
-    if inner_steps:  # else plain fine-tuning: both may be empty
+    if inner_steps:  # else plain fine-tuning: any set may be empty
         require(thetas["theta_p"], "theta_p is empty: did a PE library freeze it?")
         require(thetas["theta_a"] or thetas["theta_h"], "theta_a and theta_h are empty")
     model_params = dict(model.named_parameters(remove_duplicate=False))
@@ -188,7 +187,7 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, thetas, loss_name):
-    """Raises ValueError if `grads` has gradients of a set, and all of them are None."""
+    """Raises ValueError if `grads` has names of a set, but None as the gradient of each of them."""
     for set_name, part in thetas.items():
         found = [grads[n] for n in part if n in grads]
         all_none = found and all(g is None for g in found)
@@ -243,14 +242,15 @@ def main() -> None:
     import adapters
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
-    options = tokenizer, args.types, args.max_length, args.limit_train, args.support + args.query
+    min_sentences = args.support + args.query
+    options = tokenizer, args.types, args.max_length, args.limit_train, min_sentences
     corpora = [adapters.load_sentences(args.data, name, "train", *options) for name in args.src]
     # a resumed run may change these: model and data are compared by content, not by name
     not_compared = ("model", "data", "device", "output", "save_every")
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16)
-    if adapters.find_or_claim(args.output, settings, "priming.json"):
+    if adapters.find_run_or_claim(args.output, settings, "priming.json"):
         return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = model.split_parameters()
     inner_steps, support, query = args.inner_steps, args.support, args.query
