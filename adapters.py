@@ -64,7 +64,7 @@ class Tagger(nn.Module):
         """θp, θa and θh: disjoint. BERT's pooler, which no tag depends on, is in none of them."""
         theta_p = {n: p for n, p in self.named_parameters() if ".pooler." not in n}
         theta_h = {n: theta_p.pop(n) for n in [*theta_p] if n.startswith("head.")}
-        pattern = {"bitfit": r"bias$", "lora": r"\.lora_"}.get(self.pe, r"^adapter\.")
+        pattern = {"adapter": r"^adapter\.", "bitfit": r"bias$", "lora": r"\.lora_", None: "$^"}[self.pe]
         theta_a = {n: theta_p.pop(n) for n in [*theta_p] if re.search(pattern, n)}
         return ParameterSets(theta_p, theta_a, theta_h)
 
@@ -151,7 +151,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises if it has none
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # unused weights of a head are fine, but not of layer N if config.json has layers 0 to N - 1
+    # an unused head is fine, but not more layers than config.json has: it counts them from 0
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     unmasked = ("fnet", "convbert", "nystromformer", "yoso")
@@ -198,6 +198,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
+    # a local folder must hold the file; a name without a folder is the hub's
     root = folder if folder.is_dir() else Path(data)
     if root.is_dir() and not file.exists():
         raise UserError(f"{root}: expected {language}/{file.name}, found {sorted(os.listdir(root))}")
@@ -257,8 +258,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"):
         try:
             yield new
-            # a second process of the same command may have finished, in which save_primed deletes
-            # all *.new files: this one is no longer needed
+            # if another process with the same command has finished, its save_primed has deleted
+            # this file, which is then no longer needed
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:
@@ -337,6 +338,7 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        # KeyboardInterrupt has no message
         message = " ".join(str(error).split()) or "interrupted; checkpoints and results are kept"
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 

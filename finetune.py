@@ -28,8 +28,8 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 def parse_arguments():
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken "
-        "from the folder --init; with --init none, these four default to the paper's values. "
-        "--data and --tgt always do. All other defaults are ours.")
+        "from the folder --init, or with --init none from the paper. The defaults of --data and "
+        "--tgt are the paper's too, all others are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -48,9 +48,10 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        saved = args.priming.get(name) if args.priming else default
-        value = getattr(args, name, saved)  # in args if the flag is given
-        expect(not args.priming or value == saved, f"--{name} {value}: {args.init} has {saved}")
+        # a flag that is not given is not in args; one that is given must agree with the folder
+        saved = args.priming.get(name)
+        value = getattr(args, name, saved or default)
+        expect(value == saved or not args.priming, f"--{name} {value}: {args.init} has {saved}")
         setattr(args, name, value)
     return args
 
@@ -69,9 +70,10 @@ def main() -> None:
     common = {n: v for n, v in vars(args).items() if n not in not_compared}
     common["primed_weights"] = args.priming.get("files")
     records, runs = [], plan_runs(common, args.seeds, data, encoder, args.results, args.save)
-    for settings, result_file, save_folder, record, train, test in runs:
-        done = record is not None
-        if not done:
+    for settings, result_file, save_folder, done, train, test in runs:
+        if done:
+            record = read_record(result_file, settings)
+        else:
             torch.manual_seed(settings["seed"])
             model = adapters.build_tagger(
                 copy.deepcopy(encoder), args.types, pe, args.bottleneck, args.device, args.bf16)
@@ -94,7 +96,7 @@ def main() -> None:
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if save_folder and not done:
             save_tuned(save_folder, settings, record, model, tuned)
-        if not done or not result_file.exists():  # --results may lack it
+        if not done:
             adapters.write_record(result_file, record)
         records.append(record)
     if len(records) > 1:
@@ -103,8 +105,8 @@ def main() -> None:
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
 def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
-    """For each run: settings, result file, folder of --save, record (None unless it is done), and
-    sentences. Raises UserError if a folder is another run's, OSError if one cannot be written."""
+    """For each run: settings, result file, folder of --save, whether it is done, and sentences.
+    Raises UserError if a folder is another run's, OSError if one cannot be written."""
     for parent in (results, save or results):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
@@ -115,13 +117,12 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder, record = (save / name if save else None), None
-            # with --save, the folder alone shows whether a run is done; save_tuned makes a new one
+            folder, tuned = (save / name if save else None), None
+            # a folder that does not exist yet is claimed in save_tuned, after training
             if folder and folder.exists():
-                record = adapters.find_run_or_claim(folder, settings, "tuned.json")
-            elif not folder and result.exists():
-                record = read_record(result, settings)
-            runs.append((settings, result, folder, record, train, test))
+                tuned = adapters.find_run_or_claim(folder, settings, "tuned.json")
+            done = result.exists() and bool(tuned or not folder)
+            runs.append((settings, result, folder, done, train, test))
     return runs
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:

@@ -44,10 +44,10 @@ def prime(
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
         approximation. If True, the exact meta-gradient, which fused attention does not support.
-    encode: encode(sets) returns the same sets, in order, with f(x; θp) instead of x. Give it only if
-        θa and θh come after all of θp, like an adapter on top. Each meta step calls it for all support
-        sets (without gradients, unless second_order), then for all query sets (with gradients, for
-        θp). The inner steps then skip f, with the same result. Ignored with `maml`.
+    encode: encode(sets) returns the same sets, in order, with f(x; θp) instead of x. Give it only
+        if θa and θh come after all of θp, like an adapter on top, or inner_steps is 0. Each meta
+        step calls it for all support sets (without gradients, unless second_order), then for all
+        query sets (with gradients, for θp). The inner steps skip f. Ignored with `maml`.
     Before each update, raises ValueError for mistakes that would otherwise give a wrong result.
     """
     encode = None if maml else encode
@@ -68,9 +68,10 @@ def prime(
                 grads = f_theta.gradients(theta_i, support, create_graph=second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
-            # adds ∇ L_Ti to .grad; with encode, all tasks share a graph: done after the loop instead
-            backward_to = None if encode else outer_params
-            query_losses.append(f_theta.loss_and_backward(theta_i, query, backward_to))
+            if encode:  # the query sets of all tasks share a graph: one backward pass, after line 8
+                query_losses.append(f_theta.call_with(theta_i, query))
+            else:  # adds ∇ L_Ti to .grad
+                query_losses.append(f_theta.call_with(theta_i, query, backward_to=outer_params))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
@@ -89,10 +90,10 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ for any θ: `functional_call` runs `forward` with the parameters `theta` in
-    the model, and then puts the model's own back. Activation checkpointing runs the model again in
-    the backward pass, which must therefore happen while `theta` is in the model: `forward` runs it
-    too. If another one comes later (with second_order or encode), checkpointing is an error."""
+    """The paper's f_θ, for any θ: `functional_call` runs `forward` with the parameters `theta` in
+    the model, and then puts the model's own back. Activation checkpointing runs the model a second
+    time, in the backward pass, and must find `theta` there: so `forward` does the backward pass too.
+    With second_order or encode a further one follows later: checkpointing is then an error."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
@@ -106,7 +107,7 @@ class FunctionalModel(nn.Module):
                 self.name_of_path[f"{path}.{n}"] = name_of.get(p)
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
-        """The loss; or, with `grads_of`, its gradients; with `backward_to`, adds them to .grad."""
+        """L(f_θ, D), or with `grads_of` its gradients. `backward_to`: adds them to .grad of these."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
@@ -120,20 +121,17 @@ class FunctionalModel(nn.Module):
             return loss.detach()
         return loss
 
-    def call_with(self, theta, *args):
-        """`forward(*args)` with the parameters `theta`."""
+    def call_with(self, theta, batch, **options):
+        """`forward(batch, **options)` with the parameters `theta`."""
         replaced = {path: theta[name] for path, name in self.name_of_path.items() if name in theta}
-        return functional_call(self, replaced, args, tie_weights=False)
+        return functional_call(self, replaced, (batch,), options, tie_weights=False)
 
     def gradients(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
-        grads = dict(zip(theta, self.call_with(theta, batch, [*theta.values()], create_graph)))
+        grads = self.call_with(theta, batch, grads_of=[*theta.values()], create_graph=create_graph)
+        grads = dict(zip(theta, grads))
         check_grads(grads, self.thetas, "the loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
-
-    def loss_and_backward(self, theta, batch, backward_to):
-        """L(f_θ, D). Adds its gradients to the .grad of the parameters `backward_to`, if any."""
-        return self.call_with(theta, batch, None, False, backward_to)
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
@@ -187,11 +185,10 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, thetas, loss_name):
-    """Raises ValueError if `grads` has names of a set, but None as the gradient of each of them."""
+    """Raises ValueError if all gradients in `grads` of one of the three sets are None."""
     for set_name, part in thetas.items():
         found = [grads[n] for n in part if n in grads]
-        all_none = found and all(g is None for g in found)
-        require(not all_none, f"{loss_name} does not depend on {set_name}")
+        require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
 
 def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int):
     """AdamW (Loshchilov and Hutter 2019) with weight decay 0.01 (not in the paper), and a scheduler

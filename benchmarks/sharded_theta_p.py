@@ -82,7 +82,7 @@ def sharded_meta_step(model: adapters.Tagger, tasks: list, inner_steps: int, inn
         for _ in range(inner_steps):
             grads = f_theta.gradients(theta_i, support, create_graph=False)
             theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}
-        f_theta.loss_and_backward(theta_i, query, backward_to=[*model.parameters()])
+        f_theta.call_with(theta_i, query, backward_to=[*model.parameters()])
     for p in sets["theta_p"].values():
         p.grad *= dist.get_world_size()  # FSDP has averaged it
     for p in sets["theta_a"].values():
