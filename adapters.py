@@ -64,8 +64,8 @@ class Tagger(nn.Module):
         """θp, θa and θh: disjoint. BERT's pooler, which no tag depends on, is in none of them."""
         theta_p = {n: p for n, p in self.named_parameters() if ".pooler." not in n}
         theta_h = {n: theta_p.pop(n) for n in [*theta_p] if n.startswith("head.")}
-        pattern = {"adapter": r"^adapter\.", "bitfit": r"bias$", "lora": r"\.lora_", None: "$^"}[self.pe]
-        theta_a = {n: theta_p.pop(n) for n in [*theta_p] if re.search(pattern, n)}
+        pattern = {"adapter": r"^adapter\.", "bitfit": r"bias$", "lora": r"\.lora_"}.get(self.pe)
+        theta_a = {n: theta_p.pop(n) for n in [*theta_p] if pattern and re.search(pattern, n)}
         return ParameterSets(theta_p, theta_a, theta_h)
 
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
@@ -147,11 +147,12 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for single words
+        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for BPE
         tokenizer("word").word_ids()  # raises if it has none
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # an unused head is fine, but not more layers than config.json has: it counts them from 0
+    # unexpected weights of a head are fine, those of a layer are not. Names number layers from 0,
+    # so the first one that config.json does not know has the number num_hidden_layers
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     unmasked = ("fnet", "convbert", "nystromformer", "yoso")
@@ -188,7 +189,7 @@ def tokenize(sentences: list[tuple], tokenizer: Any, max_length: int) -> list[Se
         starts = [word_ids.index(word) if word in word_ids else -1 for word in range(len(words))]
         tokenized.append(Sentence(words, tags, encoded["input_ids"][i], starts))
     if truncated := sum(s.word_starts.count(-1) for s in tokenized):
-        message = f"have no word piece within --max-length {max_length}: no loss, scored as O"
+        message = f"have no word piece within --max-length {max_length}: not in the loss, scored as O"
         print(f"{truncated} of {sum(map(len, texts))} words {message}", file=sys.stderr)
     return tokenized
 
@@ -198,7 +199,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
-    # a local folder must hold the file; a name without a folder is the hub's
+    # if data/language or data is a local folder, the file must be in it; else data is a hub name
     root = folder if folder.is_dir() else Path(data)
     if root.is_dir() and not file.exists():
         raise UserError(f"{root}: expected {language}/{file.name}, found {sorted(os.listdir(root))}")
@@ -258,8 +259,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"):
         try:
             yield new
-            # if another process with the same command has finished, its save_primed has deleted
-            # this file, which is then no longer needed
+            # `new` may be gone: save_primed in another process with the same command deletes all
+            # *.new files when the run has finished, and then nothing is left to write
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:
@@ -338,7 +339,6 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        # KeyboardInterrupt has no message
         message = " ".join(str(error).split()) or "interrupted; checkpoints and results are kept"
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 

@@ -10,6 +10,8 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,7 @@ PE = ["adapter", "bitfit", pytest.param("lora", marks=needs_peft)]
 SMALL_PRIMING = ["--steps", 2, "--support", 4, "--query", 4, "--limit-train", 50, "--bottleneck", 8]
 SMALL_TUNING = ["--epochs", 2, "--limit-train", 30, "--limit-test", 30]
 SLOW_PRIMING = [*DEMO, *SMALL_PRIMING, "--steps", 12, "--save-every", 1]
+EARLY = {}  # by test: the folder with what its commands printed; and their process
 os.chdir(HERE)
 
 
@@ -79,6 +82,48 @@ def run_process(script, flags, stderr, status=0, **options):
     process = start_process(script, flags, stderr, **options)
     process.join()
     assert process.exitcode == status, Path(stderr).read_text()
+
+
+def run_early(jobs):
+    """Runs the commands of each job (a folder and a list of commands) and writes what they printed."""
+    torch.set_num_threads(1)
+    for folder, commands in jobs:
+        try:
+            printed = [command(*words).stdout for words in commands]
+            (folder / "new").write_text(json.dumps(printed))
+        except BaseException as error:
+            (folder / "new").write_text(json.dumps(repr(error)))
+        (folder / "new").rename(folder / "printed.json")
+
+
+def pytest_collection_finish(session):
+    """Starts a process for the commands of all tests that are marked `early`, so that they run beside other
+    tests. In a command, OUT stands for the folder of the test."""
+    marked = [(item, item.get_closest_marker("early")) for item in session.items]
+    marked = [(item, mark) for item, mark in marked if mark and not session.config.option.collectonly]
+    if marked:
+        root = Path(tempfile.mkdtemp())
+        session.config.add_cleanup(lambda: shutil.rmtree(root, ignore_errors=True))
+        jobs = []
+        for item, mark in marked:
+            folder = EARLY[item.nodeid] = root / item.name
+            folder.mkdir()
+            commands = [[str(word).replace("OUT", str(folder)) for word in words] for words in mark.args]
+            jobs.append((folder, commands))
+        EARLY["process"] = processes.Process(target=run_early, args=(jobs,), daemon=True)
+        EARLY["process"].start()
+
+
+@pytest.fixture
+def early(request):
+    """The folder of a test that is marked `early`, and what each of its commands printed."""
+    folder = EARLY[request.node.nodeid]
+    while not (folder / "printed.json").exists():
+        assert EARLY["process"].is_alive()
+        time.sleep(0.05)
+    printed = json.loads((folder / "printed.json").read_text())
+    assert isinstance(printed, list), printed
+    return folder, printed
 
 
 def tensors(folder, name="model.safetensors"):

@@ -1,5 +1,4 @@
 """PE fine-tuning of a primed or pretrained encoder for target languages, and its score.
-
 `python finetune.py --tgt hi` starts from `primed/`; --tune and --init give every row of Table 1."""
 
 import copy
@@ -28,13 +27,13 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 def parse_arguments():
     parser = adapters.common_parser(
         "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken "
-        "from the folder --init, or with --init none from the paper. The defaults of --data and "
-        "--tgt are the paper's too, all others are ours.")
+        "from the folder --init; without one, they default to the paper's values, as --data and "
+        "--tgt do. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
         help="adapter: θa (see --pe) and θh; head: θh; full: θp and θh")
-    add("--init", default="primed", help="folder of prime.py, or none to start from --model")
+    add("--init", default="primed", help="folder that prime.py wrote; none: start from --model")
     add("--epochs", type=positive(int), default=10, help="passes over the sentences")
     add("--min-steps", type=positive(int, zero=True), default=0, help="least number of steps")
     add("--lr", type=positive(float), default=3e-3, help="AdamW's rate, which falls to 0")
@@ -57,7 +56,7 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
-    pe = args.pe if args.tune == "adapter" else None  # rows 1, 2: no adapter
+    pe = args.pe if args.tune == "adapter" else None  # rows 1, 2: θa is empty
     base = args.init if args.priming else args.model
     encoder, tokenizer = adapters.load_encoder(base, args.max_length)
     primed_theta_a = load_file(Path(base) / "adapter.safetensors") if args.priming and pe else {}
@@ -117,11 +116,11 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder, tuned = (save / name if save else None), None
+            folder, saved_record = (save / name if save else None), None
             # a folder that does not exist yet is claimed in save_tuned, after training
             if folder and folder.exists():
-                tuned = adapters.find_run_or_claim(folder, settings, "tuned.json")
-            done = result.exists() and bool(tuned or not folder)
+                saved_record = adapters.find_run_or_claim(folder, settings, "tuned.json")
+            done = result.exists() and (not folder or saved_record)
             runs.append((settings, result, folder, done, train, test))
     return runs
 

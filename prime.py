@@ -91,15 +91,16 @@ def prime(
 
 class FunctionalModel(nn.Module):
     """The paper's f_θ, for any θ: `functional_call` runs `forward` with the parameters `theta` in
-    the model, and then puts the model's own back. Activation checkpointing runs the model a second
-    time, in the backward pass, and must find `theta` there: so `forward` does the backward pass too.
-    With second_order or encode a further one follows later: checkpointing is then an error."""
+    the model. Activation checkpointing runs the model again during the backward pass. If that came
+    after `functional_call` has returned, it would use the model's own parameters, not `theta`. So
+    `forward` also runs the backward pass. With second_order or encode, there is another one after
+    `functional_call` has returned, so checkpointing is forbidden."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # for each path in this module ("model.head.bias") the name in `theta` ("head.bias"), if it
-        # has one; functional_call must replace all paths of a tied parameter
+        # a tied parameter has one name in `theta`, but several paths in this module ("model.…"), all
+        # of which functional_call must be given. Parameters in no set have the name None
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
@@ -107,7 +108,7 @@ class FunctionalModel(nn.Module):
                 self.name_of_path[f"{path}.{n}"] = name_of.get(p)
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
-        """L(f_θ, D), or with `grads_of` its gradients. `backward_to`: adds them to .grad of these."""
+        """L(f_θ, D), or the gradients for `grads_of`. Adds those for `backward_to` to their .grad."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
@@ -158,7 +159,7 @@ def require(condition: Any, message: str) -> None:
 def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad")
+    require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad in a hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     valid_steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -185,7 +186,7 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, thetas, loss_name):
-    """Raises ValueError if all gradients in `grads` of one of the three sets are None."""
+    """Raises ValueError if one of the sets has entries in `grads`, and all of them are None."""
     for set_name, part in thetas.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")

@@ -172,22 +172,26 @@ def test_a_primed_causal_model_is_the_same_after_saving_and_loading(tmp_path):
 
 
 @needs_peft
-def test_causal_lm_shows_the_gain_of_priming_on_new_ciphers(tmp_path):
+@pytest.mark.early(["examples/causal_lm.py", "--output", "OUT/out"])
+def test_causal_lm_shows_the_gain_of_priming_on_new_ciphers(early):
     """The example's own claim: ten steps of SGD get at least 25 points further after priming."""
-    first, *lines = command("examples/causal_lm.py", "--output", tmp_path / "out").stdout.splitlines()
+    folder, (printed,) = early
+    first, *lines = printed.splitlines()
     before, after = (float(number) for number in first.split("query loss ")[1].split(" in ")[0].split(" → "))
     assert after < before
     shares = [[float(part.split()[-1].rstrip("%")) for part in line.split(", ")] for line in lines]
     assert len(shares) == 2 and all(primed > not_primed for not_primed, primed in shares)
     assert shares[0][1] >= shares[0][0] + 25
-    assert {"base", "lora"} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"base", "lora"} == {path.name for path in (folder / "out").iterdir()}
 
 
 # ---- sinusoid.py, README ----
 
 
-def test_an_mlp_that_is_primed_for_sine_waves_fits_new_ones_in_100_steps():
-    first, *rows = command("examples/sinusoid.py").stdout.splitlines()[1:]
+@pytest.mark.early(["examples/sinusoid.py"])
+def test_an_mlp_that_is_primed_for_sine_waves_fits_new_ones_in_100_steps(early):
+    _, (printed,) = early
+    first, *rows = printed.splitlines()[1:]
     errors = [float(row.split()[-1]) for row in rows]
     assert len(first.split()) == 3 + 11 and len(errors) == 4
     assert errors[3] < 0.5 * min(errors[:3])

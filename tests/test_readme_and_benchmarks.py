@@ -145,15 +145,18 @@ def test_the_numbers_of_parameters_in_the_benchmarks_readme_are_those_counted_by
     assert f"| `{pe}` | {IN_THETA_A[pe]:,} |" in BENCHMARKS
 
 
-def test_priming_gains_ten_points_on_hindi_with_every_seed(tmp_path):
+FINE_TUNING = ["finetune.py", "--tgt", "hi", "--data", "demo/wikiann", "--seeds", *range(5), "--results", "OUT/results"]
+
+
+@pytest.mark.early(
+    ["prime.py", "--src", "en", "es", *DEMO, "--steps", 400, "--output", "OUT/primed"],
+    [*FINE_TUNING, "--init", "none", "--model", "demo/encoder"],
+    [*FINE_TUNING, "--init", "OUT/primed"])
+def test_priming_gains_ten_points_on_hindi_with_every_seed(early):
     """README's first commands. The demo was built to show this: it tests the code, not the method."""
-    command("prime.py", "--src", "en", "es", *DEMO, "--steps", 400, "--output", tmp_path / "primed")
-    seeds = ["--seeds", *range(5), "--results", tmp_path / "results"]
-    base = ["--tgt", "hi", "--data", "demo/wikiann", *seeds]
-    command("finetune.py", *base, "--init", "none", "--model", "demo/encoder")
-    command("finetune.py", *base, "--init", tmp_path / "primed")
+    folder, _ = early
     f1 = {}
-    for record in read_results(tmp_path / "results"):
+    for record in read_results(folder / "results"):
         f1.setdefault(record["seed"], []).append(record["f1"])
     assert len(f1) == 5 and all(primed - not_primed >= 10 for not_primed, primed in f1.values()), f1
 
