@@ -49,11 +49,10 @@ class Tagger(nn.Module):
         config = encoder.config
         self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
         self.pe, self.bf16 = pe, bf16
-        # encoder_inputs puts several sentences into a row if it knows the encoder's position ids:
-        # BERT's start at 0, RoBERTa's at padding_idx + 1. None: one sentence per row
+        # position id of the first piece of each sentence in a row; None: one sentence per row
         self.first_position = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
-            self.first_position = getattr(encoder.embeddings, "padding_idx", -1) + 1
+            self.first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
         self.adapter = Adapter(config.hidden_size, bottleneck or 64) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(config.hidden_size, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -148,11 +147,11 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # for BPE
-        tokenizer("word").word_ids()  # raises if it has none
+        tokenizer("word").word_ids()  # raises for slow tokenizers
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # unexpected weights of a head are fine, those of a layer are not. Names number layers from 0,
-    # so the first one that config.json does not know has the number num_hidden_layers
+    # layers are numbered from 0: a weight of layer `num_hidden_layers` shows that config.json has
+    # too few of them. Other unexpected weights are those of a head, which is fine
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     unmasked = ("fnet", "convbert", "nystromformer", "yoso")
@@ -199,10 +198,11 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
-    # if data/language or data is a local folder, the file must be in it; else data is a hub name
+    # if `data` is a local folder, it must hold the file: the error shows the deepest folder that
+    # exists. Else `data` is a hub name
     root = folder if folder.is_dir() else Path(data)
     if root.is_dir() and not file.exists():
-        raise UserError(f"{root}: expected {language}/{file.name}, found {sorted(os.listdir(root))}")
+        raise UserError(f"expected {file}, found in {root}: {sorted(os.listdir(root))}")
     for location, word, tag in read_text(file) if file.exists() else read_hub(data, language, split):
         if word == tag == "":
             sentences.append([])
@@ -214,8 +214,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     return [tuple(map(list, zip(*sentence))) for sentence in sentences if sentence]
 
 def read_text(file: Path) -> Iterator[tuple]:
-    """Location, word (the first column) and tag (the last) of each line; "" and "" of a blank line.
-    Columns end at tabs if the file has any, else at spaces."""
+    """Location, word (first column) and tag (last) of each line, "" if blank. Splits at tabs if any."""
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     separator = "\t" if b"\t" in data else " "
     for number, line in enumerate(data.splitlines(), start=1):
@@ -230,8 +229,8 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
         rows = [list(zip(*pair, strict=True)) for pair in zip(table["tokens"], table["ner_tags"])]
-    kind = getattr(table.features["ner_tags"], "feature", None)
-    names = dict(enumerate(getattr(kind, "names", [])))
+    label = getattr(table.features["ner_tags"], "feature", None)
+    names = dict(enumerate(getattr(label, "names", [])))
     for number, row in enumerate(rows, start=1):
         for word, tag in [*row, ("", "")]:
             yield f"{data}, {language} {split} row {number}", word, names.get(tag, tag)
@@ -259,8 +258,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"):
         try:
             yield new
-            # `new` may be gone: save_primed in another process with the same command deletes all
-            # *.new files when the run has finished, and then nothing is left to write
+            # the same command may run twice at once. The first to finish deletes all *.new files,
+            # in save_primed; then its output is complete, and ours is not needed
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:
@@ -276,7 +275,7 @@ def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | 
         with open(path, "x") as file:
             file.write(json.dumps(settings, indent=2))
     except FileExistsError:
-        time.sleep(0.1)  # a second process may be writing it now
+        time.sleep(0.1)  # it may be half written
         read_record(path, settings)  # raises if they differ
     return read_record(record_file, check_weights=True) if record_file.exists() else None
 
@@ -286,7 +285,7 @@ def read_record(path: Path, settings: dict | None = None, check_weights: bool = 
     with error_context(f"{path}: expected a run's record"):
         record = dict(json.loads(path.read_bytes()))
         same = not check_weights or record["files"] == file_checksums(path.parent)
-    expect(same, f"{path.parent}: a weights file is missing or unlike {path.name}")
+    expect(same, f"{path.parent}: a weights file is missing or not as in {path.name}")
     for name, now in (settings or {}).items():
         found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
         expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")
@@ -318,7 +317,7 @@ def load_checkpoint(path: Path, device: str, stateful: tuple) -> list[float]:
     return losses
 
 def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losses: list) -> None:
-    """Writes θp* as `AutoModel` reads it, θa*, and, to mark that all is written, priming.json."""
+    """Writes θa*, θp* for `AutoModel`, and last priming.json, the mark of a complete folder."""
     with error_context(f"writing {folder}"):
         tokenizer.save_pretrained(folder)
         save_file(model.split_parameters().a, folder / "adapter.safetensors")
@@ -335,7 +334,7 @@ def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losse
 def cli(main: Callable[[], None]) -> None:
     """Runs a command. Bad input ends it with one line on stderr and exit status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        stream.reconfigure(errors="replace")  # some terminals cannot show θ
+        stream.reconfigure(errors="replace")  # θ
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:

@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck are taken "
-        "from the folder --init; without one, they default to the paper's values, as --data and "
-        "--tgt do. All other defaults are ours.")
+        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck come from the "
+        "folder --init, or if that is none, from the paper. The defaults of --data and --tgt are "
+        "the paper's too. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -47,10 +47,10 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        # a flag that is not given is not in args; one that is given must agree with the folder
-        saved = args.priming.get(name)
-        value = getattr(args, name, saved or default)
-        expect(value == saved or not args.priming, f"--{name} {value}: {args.init} has {saved}")
+        # a flag that is not set takes the value of the folder, if any; else it must equal that
+        fallback = args.priming.get(name, default)
+        value = getattr(args, name, fallback)
+        expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
         setattr(args, name, value)
     return args
 
@@ -91,7 +91,7 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(BrokenPipeError):  # other runs go on
+        with suppress(BrokenPipeError):  # its reader may have ended
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if save_folder and not done:
             save_tuned(save_folder, settings, record, model, tuned)
@@ -106,7 +106,8 @@ def main() -> None:
 def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
     """For each run: settings, result file, folder of --save, whether it is done, and sentences.
     Raises UserError if a folder is another run's, OSError if one cannot be written."""
-    for parent in (results, save or results):
+    # fails now, not after the training, if a folder cannot be written
+    for parent in filter(None, (results, save)):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
     runs = []

@@ -44,10 +44,10 @@ def prime(
     inner_lr, inner_steps: α and S. maml: the red line, which also updates θi_p (an ablation).
     second_order: if False, inner gradients are constants, so dθi/dθ = 1: §4.2's first-order
         approximation. If True, the exact meta-gradient, which fused attention does not support.
-    encode: encode(sets) returns the same sets, in order, with f(x; θp) instead of x. Give it only
-        if θa and θh come after all of θp, like an adapter on top, or inner_steps is 0. Each meta
-        step calls it for all support sets (without gradients, unless second_order), then for all
-        query sets (with gradients, for θp). The inner steps skip f. Ignored with `maml`.
+    encode: encode(sets) returns the same sets, in order, with f(x; θp) instead of x. It runs with θ,
+        not θi: give it only if θa and θh come after all of θp (an adapter on top), or inner_steps
+        is 0. Each meta step calls it for all support sets (without gradients, unless second_order),
+        then for all query sets (with gradients, for θp). Ignored with `maml`.
     Before each update, raises ValueError for mistakes that would otherwise give a wrong result.
     """
     encode = None if maml else encode
@@ -90,17 +90,17 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ, for any θ: `functional_call` runs `forward` with the parameters `theta` in
-    the model. Activation checkpointing runs the model again during the backward pass. If that came
-    after `functional_call` has returned, it would use the model's own parameters, not `theta`. So
-    `forward` also runs the backward pass. With second_order or encode, there is another one after
-    `functional_call` has returned, so checkpointing is forbidden."""
+    """The paper's f_θ, for any θ: `functional_call` puts `theta` into the model while `forward`
+    runs, and only then. Activation checkpointing repeats the forward pass during the backward pass,
+    and needs `theta` again. So the backward pass runs inside of `forward`. With second_order or
+    encode, line 9's backward pass goes through calls of `forward` that have returned: checkpointing
+    would use wrong parameters, and is forbidden."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # a tied parameter has one name in `theta`, but several paths in this module ("model.…"), all
-        # of which functional_call must be given. Parameters in no set have the name None
+        # maps every path of a parameter in this module ("model.head.bias") to its name in `theta`,
+        # or to None if it is in no set. A tied parameter has several paths and one name
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
@@ -159,7 +159,7 @@ def require(condition: Any, message: str) -> None:
 def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "DistributedDataParallel: pass model.module, and all-reduce .grad in a hook")
+    require(not distributed, "DistributedDataParallel: pass model.module, and see register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     valid_steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -186,7 +186,7 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(not extra, f"the optimizer holds parameters in no set, of shapes {extra}")
 
 def check_grads(grads, thetas, loss_name):
-    """Raises ValueError if one of the sets has entries in `grads`, and all of them are None."""
+    """Raises ValueError if all gradients of a set are None. Sets not in `grads` are skipped."""
     for set_name, part in thetas.items():
         found = [grads[n] for n in part if n in grads]
         require(not found or any(g is not None for g in found), f"{loss_name} does not depend on {set_name}")
@@ -201,9 +201,9 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
-    """Yields a list of (support, query) pairs per meta step. `tasks`, `support`, `query` are counts. A
-    task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step depends
-    on `seed` and its number alone: a resumed run draws the same sentences and dropout masks."""
+    """Yields a list of (support, query) pairs per meta step; `tasks`, `support`, `query` are counts.
+    A task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step is
+    given by `seed` and its number: a resumed run draws the same sentences and dropout masks."""
     for step in range(start_step, steps):
         rng, batch = random.Random(f"{seed} {step}"), []
         for task in range(step * tasks, (step + 1) * tasks):
