@@ -49,7 +49,8 @@ class Tagger(nn.Module):
         config = encoder.config
         self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
         self.pe, self.bf16 = pe, bf16
-        # position id of the first piece of each sentence in a row; None: one sentence per row
+        # encoder_inputs packs several sentences into a row if it knows the encoder's position ids:
+        # each sentence starts with this id. None: one sentence per row
         self.first_position = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
@@ -333,8 +334,9 @@ def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losse
 
 def cli(main: Callable[[], None]) -> None:
     """Runs a command. Bad input ends it with one line on stderr and exit status 2."""
+    # a terminal whose encoding has no θ shows ? instead of an error
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        stream.reconfigure(errors="replace")  # θ
+        stream.reconfigure(errors="replace")
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:

@@ -47,7 +47,8 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        # a flag that is not set takes the value of the folder, if any; else it must equal that
+        # a flag that is not set takes the value of the primed folder, and one that is set must equal
+        # it; with --init none, flags are free and have defaults
         fallback = args.priming.get(name, default)
         value = getattr(args, name, fallback)
         expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
@@ -91,7 +92,7 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(BrokenPipeError):  # its reader may have ended
+        with suppress(BrokenPipeError):  # stdout's reader has exited
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if save_folder and not done:
             save_tuned(save_folder, settings, record, model, tuned)

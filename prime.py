@@ -1,5 +1,4 @@
 """Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
-
 `python prime.py --src en es` runs the paper's experiment and writes θp* and θa* to `primed/`. To
 prime your own model, copy the part above the dividing line and iterate over `prime`. That part
 needs torch alone: 2.4 or newer, tested with 2.13.0."""
@@ -91,10 +90,9 @@ def prime(
 
 class FunctionalModel(nn.Module):
     """The paper's f_θ, for any θ: `functional_call` puts `theta` into the model while `forward`
-    runs, and only then. Activation checkpointing repeats the forward pass during the backward pass,
-    and needs `theta` again. So the backward pass runs inside of `forward`. With second_order or
-    encode, line 9's backward pass goes through calls of `forward` that have returned: checkpointing
-    would use wrong parameters, and is forbidden."""
+    runs. Activation checkpointing repeats the forward pass in the backward pass, which therefore
+    runs inside of `forward`. With second_order or encode, line 9's backward pass also goes through
+    forward passes that ended before, and would repeat them with θ, not θi: that is forbidden."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
@@ -159,7 +157,7 @@ def require(condition: Any, message: str) -> None:
 def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "DistributedDataParallel: pass model.module, and see register_step_pre_hook")
+    require(not distributed, "DDP: pass model.module, and sum .grad in optimizer.register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     valid_steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
@@ -199,7 +197,6 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
 
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
-
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
     """Yields a list of (support, query) pairs per meta step; `tasks`, `support`, `query` are counts.
     A task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step is

@@ -88,9 +88,9 @@ def broken_folders(tmp_path, primed, tuned):
     yield ["--init", edited("json", "priming.json", lambda data: data[:50])], "json/priming.json: expected"
     yield ["--init", edited("key", "priming.json", lambda data: b"{}")], "key/priming.json: expected"
     yield ["--init", edited("list", "priming.json", lambda data: b"[]")], "list/priming.json: expected"
-    yield ["--init", edited("cut", "adapter.safetensors", cut)], "cut: a weights file is missing or unlike"
-    yield ["--init", edited("weights", "model.safetensors", cut)], "weights: a weights file is missing or unlike"
-    yield edited("load", "tuned.safetensors", cut, tuned), "load: a weights file is missing or unlike"
+    yield ["--init", edited("cut", "adapter.safetensors", cut)], "cut: a weights file is missing or not as in"
+    yield ["--init", edited("weights", "model.safetensors", cut)], "weights: a weights file is missing or not as in"
+    yield edited("load", "tuned.safetensors", cut, tuned), "load: a weights file is missing or not as in"
     yield copied("no-tuned", tuned, ["*.json"]), "no-tuned/tuned.json: expected"
 
 
