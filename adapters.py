@@ -24,8 +24,8 @@ class Sentence(NamedTuple):
     words: list[str]
     tags: list[int]
     input_ids: list[int]  # word pieces, with special tokens
-    word_starts: list[int]  # position of each word's first piece, -1 if it has none
-    features: Tensor | None = None  # f(x; θp) of the words that have a piece, [words, hidden]
+    word_starts: list[int]  # position of each word's first piece, -1 if it was cut off
+    features: Tensor | None = None  # f(x; θp) at word starts, without -1: [words, hidden]
 
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: a bottleneck with a skip connection. It starts near the identity:
@@ -49,8 +49,8 @@ class Tagger(nn.Module):
         config = encoder.config
         self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
         self.pe, self.bf16 = pe, bf16
-        # encoder_inputs packs several sentences into a row if it knows the encoder's position ids:
-        # each sentence starts with this id. None: one sentence per row
+        # position id of the first piece of a sentence. A row can hold several sentences if positions
+        # restart with this id in each (see encoder_inputs). None: one sentence per row
         self.first_position = None
         if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
             self.first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
@@ -229,7 +229,7 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     from datasets import load_dataset
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
         table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
-        rows = [list(zip(*pair, strict=True)) for pair in zip(table["tokens"], table["ner_tags"])]
+        rows = [list(zip(words, tags, strict=True)) for words, tags in zip(table["tokens"], table["ner_tags"])]
     label = getattr(table.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(label, "names", [])))
     for number, row in enumerate(rows, start=1):
@@ -281,8 +281,8 @@ def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | 
     return read_record(record_file, check_weights=True) if record_file.exists() else None
 
 def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:
-    """The JSON file of a run. Raises UserError if its settings differ from `settings` or, with
-    `check_weights`, if the folder's weights do not have the checksums in the record."""
+    """The record of a run, or its settings.json. Raises UserError if its settings differ from
+    `settings` or, with `check_weights`, if the folder's weights do not have its checksums."""
     with error_context(f"{path}: expected a run's record"):
         record = dict(json.loads(path.read_bytes()))
         same = not check_weights or record["files"] == file_checksums(path.parent)
@@ -318,7 +318,7 @@ def load_checkpoint(path: Path, device: str, stateful: tuple) -> list[float]:
     return losses
 
 def save_primed(folder: Path, model: Tagger, tokenizer: Any, record: dict, losses: list) -> None:
-    """Writes θa*, θp* for `AutoModel`, and last priming.json, the mark of a complete folder."""
+    """Writes θa*, then θp* as `AutoModel` loads it, and last priming.json: it marks completion."""
     with error_context(f"writing {folder}"):
         tokenizer.save_pretrained(folder)
         save_file(model.split_parameters().a, folder / "adapter.safetensors")

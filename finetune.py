@@ -106,8 +106,7 @@ def main() -> None:
 
 def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
     """For each run: settings, result file, folder of --save, whether it is done, and sentences.
-    Raises UserError if a folder is another run's, OSError if one cannot be written."""
-    # fails now, not after the training, if a folder cannot be written
+    Before any training, raises an error if a folder is another run's or cannot be written."""
     for parent in filter(None, (results, save)):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
@@ -118,11 +117,11 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder, saved_record = (save / name if save else None), None
+            folder, saved = (save / name if save else None), not save
             # a folder that does not exist yet is claimed in save_tuned, after training
             if folder and folder.exists():
-                saved_record = adapters.find_run_or_claim(folder, settings, "tuned.json")
-            done = result.exists() and (not folder or saved_record)
+                saved = adapters.find_run_or_claim(folder, settings, "tuned.json") is not None
+            done = result.exists() and saved
             runs.append((settings, result, folder, done, train, test))
     return runs
 

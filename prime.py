@@ -35,7 +35,7 @@ def prime(
     model: encoder f, adapter g and head h in one module. Call `model.eval()` first, against dropout.
     theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require
         gradients (§3.1). A parameter in none of them is a constant.
-    batches: one list of (support, query) pairs per meta step; both sets are whatever `loss` accepts.
+    batches: one list of (support, query) pairs per meta step; a set is whatever `loss` accepts.
         Training ends when `batches` is exhausted or the caller breaks out of the loop.
     loss: loss(model, batch) returns L_Ti, a scalar. While it runs, the parameters of `model` are θi,
         plain tensors. Read them from `model`: parameters that you kept elsewhere still hold θ.
@@ -89,10 +89,11 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ, for any θ: `functional_call` puts `theta` into the model while `forward`
-    runs. Activation checkpointing repeats the forward pass in the backward pass, which therefore
-    runs inside of `forward`. With second_order or encode, line 9's backward pass also goes through
-    forward passes that ended before, and would repeat them with θ, not θi: that is forbidden."""
+    """The paper's f_θ, for any θ: `functional_call` puts `theta` into the model only while
+    `forward` runs. Activation checkpointing recomputes the forward pass during the backward pass,
+    so the backward pass must run inside `forward` too. In two cases it cannot: with second_order,
+    line 9 differentiates through the inner steps' forward passes; with encode, it runs once for
+    all tasks, after line 8. Checkpointing would use θ, not θi, there, and is forbidden."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
@@ -198,7 +199,7 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
-    """Yields a list of (support, query) pairs per meta step; `tasks`, `support`, `query` are counts.
+    """Yields a list of (support, query) pairs per meta step. `tasks`, `support`, `query`: counts.
     A task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step is
     given by `seed` and its number: a resumed run draws the same sentences and dropout masks."""
     for step in range(start_step, steps):
