@@ -25,7 +25,7 @@ class Sentence(NamedTuple):
     tags: list[int]
     input_ids: list[int]  # word pieces, with special tokens
     word_starts: list[int]  # position of each word's first piece, -1 if it was cut off
-    features: Tensor | None = None  # f(x; θp) at word starts, without -1: [words, hidden]
+    features: Tensor | None = None  # f(x; θp) at words that are not cut off, [words, hidden]
 
 class Adapter(nn.Module):
     """Houlsby et al. 2019, §2.1: a bottleneck with a skip connection. It starts near the identity:
@@ -49,11 +49,9 @@ class Tagger(nn.Module):
         config = encoder.config
         self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
         self.pe, self.bf16 = pe, bf16
-        # position id of the first piece of a sentence. A row can hold several sentences if positions
-        # restart with this id in each (see encoder_inputs). None: one sentence per row
-        self.first_position = None
-        if config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder:
-            self.first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
+        # to save padding, encoder_inputs packs several sentences into a row. The encoder must take
+        # position ids and a mask [rows, 1, length, length], and have no causal mask of its own
+        self.packs = config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder
         self.adapter = Adapter(config.hidden_size, bottleneck or 64) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(config.hidden_size, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -71,15 +69,16 @@ class Tagger(nn.Module):
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
         """Packs sentences into rows. Returns the encoder's arguments and two tensors [rows, length]:
         the number of the sentence at each position (0: padding), and whether a word starts there."""
-        packed, dtype = self.first_position is not None, self.head.weight.dtype
-        capacity = 2 * max(len(s.input_ids) for s in sentences) if packed else 0  # 0: one sentence per row
+        dtype, config = self.head.weight.dtype, self.encoder.config
+        capacity = 2 * max(len(s.input_ids) for s in sentences) if self.packs else 0  # 0: one per row
         rows = nn.utils.rnn.pad_sequence(pack(sentences, capacity), batch_first=True)
         sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
         inputs = {"input_ids": input_ids, "attention_mask": (sentence_ids > 0).long()}
-        if packed:  # positions restart in each sentence, which attends to itself only
+        if self.packs:  # positions restart in each sentence, which attends to itself only
             other_sentence = sentence_ids[:, None, :, None] != sentence_ids[:, None, None, :]
             inputs["attention_mask"] = other_sentence.to(dtype) * torch.finfo(dtype).min
-            inputs["position_ids"] = positions + self.first_position
+            first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
+            inputs["position_ids"] = positions + first_position
         return inputs, (sentence_ids, starts == 1)
 
     def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
@@ -96,7 +95,7 @@ class Tagger(nn.Module):
         return [[next(remaining) for _ in part] for part in sets]
 
     def forward(self, sentences: list[Sentence]) -> Tensor:
-        """Logits of the words that have a piece, [words, num_tags]. Encodes if that is not done."""
+        """Logits of the words that are not cut off, [words, num_tags]. Encodes if necessary."""
         if sentences[0].features is None:
             (sentences,) = self.encode_sets([sentences])
         return self.head(self.adapter(torch.cat([s.features for s in sentences])))
@@ -128,7 +127,7 @@ def unpack(hidden: Tensor, sentence_ids: Tensor, is_word_start: Tensor) -> list[
     return [features[sentence_of_word == n] for n in range(1, sentence_ids.max() + 1)]
 
 def tag_loss(model: nn.Module, sentences: list[Sentence]) -> Tensor:
-    """L_Ti: the mean cross-entropy over the words that have a piece."""
+    """L_Ti: the mean cross-entropy over the words that are not cut off."""
     logits = model(sentences)
     tags = [tag for s in sentences for start, tag in zip(s.word_starts, s.tags) if start >= 0]
     return nn.functional.cross_entropy(logits, torch.tensor(tags, device=logits.device))
@@ -173,7 +172,7 @@ def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
-    """Tokenizes the first `limit` sentences of a split; of "train", drops those without a piece."""
+    """Tokenizes a split's first `limit` sentences, without training sentences that are cut off."""
     sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
     sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
     found = f"{len(sentences)} sentences, {min_sentences} are needed"
@@ -228,9 +227,9 @@ def read_hub(data: str, language: str, split: str) -> Iterator[tuple]:
     """The same from the hub. Tags without names stay numbers, which `read_split` refuses."""
     from datasets import load_dataset
     with error_context(f"--data {data}, {language} {split}: expected tokens, ner_tags"):
-        table = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
-        rows = [list(zip(words, tags, strict=True)) for words, tags in zip(table["tokens"], table["ner_tags"])]
-    label = getattr(table.features["ner_tags"], "feature", None)
+        hub = load_dataset(data, language, split=split).select_columns(["tokens", "ner_tags"])
+        rows = [list(zip(words, tags, strict=True)) for words, tags in zip(hub["tokens"], hub["ner_tags"])]
+    label = getattr(hub.features["ner_tags"], "feature", None)
     names = dict(enumerate(getattr(label, "names", [])))
     for number, row in enumerate(rows, start=1):
         for word, tag in [*row, ("", "")]:

@@ -117,7 +117,8 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder, saved = (save / name if save else None), not save
+            folder = save / name if save else None
+            saved = folder is None  # nothing to save
             # a folder that does not exist yet is claimed in save_tuned, after training
             if folder and folder.exists():
                 saved = adapters.find_run_or_claim(folder, settings, "tuned.json") is not None

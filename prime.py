@@ -89,8 +89,8 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class FunctionalModel(nn.Module):
-    """The paper's f_θ, for any θ: `functional_call` puts `theta` into the model only while
-    `forward` runs. Activation checkpointing recomputes the forward pass during the backward pass,
+    """L(f_θ, D) for any θ: `functional_call` puts `theta` into the model only while `forward`
+    runs. Activation checkpointing recomputes the forward pass during the backward pass,
     so the backward pass must run inside `forward` too. In two cases it cannot: with second_order,
     line 9 differentiates through the inner steps' forward passes; with encode, it runs once for
     all tasks, after line 8. Checkpointing would use θ, not θi, there, and is forbidden."""
@@ -107,7 +107,7 @@ class FunctionalModel(nn.Module):
                 self.name_of_path[f"{path}.{n}"] = name_of.get(p)
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
-        """L(f_θ, D), or the gradients for `grads_of`. Adds those for `backward_to` to their .grad."""
+        """The loss; after a backward pass, if `backward_to`; or its gradients for `grads_of`."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
@@ -158,7 +158,7 @@ def require(condition: Any, message: str) -> None:
 def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     """Raises ValueError for a wrong argument, and says what to do."""
     distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    require(not distributed, "DDP: pass model.module, and sum .grad in optimizer.register_step_pre_hook")
+    require(not distributed, "DDP: pass model.module; all-reduce .grad by optimizer.register_step_pre_hook")
     require(torch.is_grad_enabled(), "do not iterate over prime() under torch.no_grad()")
     valid_steps = isinstance(inner_steps, int) and inner_steps >= 0
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")

@@ -231,7 +231,7 @@ def demo_tagger(demo, pe, attention="sdpa"):
         for p in model.split_parameters().a.values():
             p.add_(0.02 * torch.randn_like(p))
     model.encoder.set_attn_implementation(attention)
-    assert model.first_position == 0  # packed, as in the command
+    assert model.packs  # as in the command
     return model
 
 

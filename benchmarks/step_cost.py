@@ -139,9 +139,9 @@ def table_rows(model, steps, fine_tuning_step, only):
     """The steps to time, functions of a batch of tasks by name. `only`: beginnings of the names to add to the
     fine-tuning step and the meta step."""
     def padded(step, tasks):
-        offset, model.first_position = model.first_position, None  # a row per sentence
+        model.packs = False  # a row per sentence
         step(tasks)
-        model.first_position = offset
+        model.packs = True
 
     rows = {"fine-tuning step": fine_tuning_step,
             "fine-tuning step, padded": functools.partial(padded, fine_tuning_step)}

@@ -189,7 +189,7 @@ def test_a_folder_without_the_text_file_is_refused_with_files_expected_and_found
         if name in SHARDS:
             make_table([["a"]], [["O"]], STRING).to_parquet(str(tmp_path / "hi" / name))
     for language, folder, found in (("hi", tmp_path / "hi", files), ("af", tmp_path, ["hi"])):
-        message = f"{folder}: expected {language}/{split}.txt, found {found}"
+        message = f"expected {tmp_path}/{language}/{split}.txt, found in {folder}: {found}"
         with pytest.raises(adapters.UserError, match=f"^{re.escape(message)}$"):
             read(tmp_path, split, language)
     assert not hub.requests

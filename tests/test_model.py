@@ -16,12 +16,10 @@ from conftest import SLOW_PRIMING, SMALL_PRIMING, command, random_encoder, save_
 from test_prime import SmallModel, assert_refused, make_tasks, small_loss
 
 EMBEDDING = {"embedding_size": 16}
-POSITION_OFFSETS = {  # the first position of a sentence in a packed row
-    "the demo's": 0, "Bert": 0, "Roberta": 2, "XLMRoberta": 2,  # RoBERTa's start after the padding index, here 1
-    **dict.fromkeys([  # one sentence per row
-        "causal Bert", "causal Roberta", "causal XLMRoberta", "DistilBert", "Electra", "Albert", "ModernBert",
-        "RoFormer", "MPNet", "DebertaV2", "Deberta", "MobileBert"]),
-}
+PACKED = ["the demo's", "Bert", "Roberta", "XLMRoberta"]
+NOT_PACKED = [
+    "causal Bert", "causal Roberta", "causal XLMRoberta", "DistilBert", "Electra", "Albert", "ModernBert", "RoFormer",
+    "MPNet", "DebertaV2", "Deberta", "MobileBert"]
 
 
 def make_encoder(architecture, demo):
@@ -36,11 +34,11 @@ def make_encoder(architecture, demo):
     return random_encoder(architecture.removeprefix("causal "), len(tokenizer), **more)
 
 
-@pytest.mark.parametrize("architecture", POSITION_OFFSETS)
+@pytest.mark.parametrize("architecture", [*PACKED, *NOT_PACKED])
 def test_features_equal_those_of_one_sentence_at_a_time(architecture, demo):
     sentences, encoder = demo[2], make_encoder(architecture, demo)
     model = adapters.Tagger(encoder, 7).double().eval()
-    assert model.first_position == POSITION_OFFSETS[architecture]
+    assert model.packs == (architecture in PACKED)
     chosen = [*sentences[:60], max(sentences, key=lambda s: len(s.input_ids))]
     if architecture == "the demo's":
         chosen += sentences[60:290]  # more than one chunk of `encode`
@@ -54,7 +52,7 @@ def test_features_equal_those_of_one_sentence_at_a_time(architecture, demo):
 @pytest.mark.parametrize("architecture", ["Bert", "Roberta", "XLMRoberta"])
 def test_a_causal_encoder_is_not_packed_and_stays_causal(architecture, demo):
     model = adapters.Tagger(make_encoder(f"causal {architecture}", demo), 7).double().eval()
-    assert model.first_position is None
+    assert not model.packs
     sentence, other = demo[2][:2]
     changed = sentence._replace(input_ids=sentence.input_ids[:-1] + [7])
     (encoded,) = model.encode_sets([[sentence, changed, other]])
@@ -109,7 +107,7 @@ def test_bf16_runs_the_encoder_in_bf16_and_keeps_theta_in_float32(demo):
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = adapters.Tagger(copy.deepcopy(encoder).float(), 7, bottleneck=8, bf16=bf16).eval()
-        assert model.first_position == 0
+        assert model.packs
         dtypes = set()
         query = model.encoder.encoder.layer[0].attention.self.query
         query.register_forward_hook(lambda module, args, output, dtypes=dtypes: dtypes.add(output.dtype))
