@@ -172,7 +172,7 @@ def tag_names(types: list[str]) -> list[str]:
     return ["O"] + [f"{position}-{name}" for name in types for position in "BI"]
 
 def load_sentences(data, language, split, tokenizer, types, max_length, limit=None, min_sentences=1):
-    """Tokenizes a split's first `limit` sentences, without training sentences that are cut off."""
+    """Tokenizes a split's first `limit` sentences; drops training sentences with no word left."""
     sentences = tokenize(read_split(data, language, split, types)[:limit], tokenizer, max_length)
     sentences = [s for s in sentences if split != "train" or max(s.word_starts) >= 0]
     found = f"{len(sentences)} sentences, {min_sentences} are needed"
@@ -280,12 +280,12 @@ def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | 
     return read_record(record_file, check_weights=True) if record_file.exists() else None
 
 def read_record(path: Path, settings: dict | None = None, check_weights: bool = False) -> dict:
-    """The record of a run, or its settings.json. Raises UserError if its settings differ from
-    `settings` or, with `check_weights`, if the folder's weights do not have its checksums."""
+    """Reads a JSON file that describes a run. Raises UserError if a value in it differs from
+    `settings` or, with `check_weights`, if the weights beside it do not match its checksums."""
     with error_context(f"{path}: expected a run's record"):
         record = dict(json.loads(path.read_bytes()))
-        same = not check_weights or record["files"] == file_checksums(path.parent)
-    expect(same, f"{path.parent}: a weights file is missing or not as in {path.name}")
+        match = not check_weights or record["files"] == file_checksums(path.parent)
+    expect(match, f"{path.parent}: a weights file is missing or not as in {path.name}")
     for name, now in (settings or {}).items():
         found = f"holds a run with {name.replace('_', '-')} {record.get(name)} (now {now})"
         expect(record.get(name) == now, f"{path.parent} {found}: choose another folder")

@@ -47,8 +47,8 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        # a flag that is not set takes the value of the primed folder, and one that is set must equal
-        # it; with --init none, flags are free and have defaults
+        # a flag that is not set takes the primed folder's value, and one that is set must equal it.
+        # With --init none, flags are free and have defaults
         fallback = args.priming.get(name, default)
         value = getattr(args, name, fallback)
         expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
@@ -69,7 +69,7 @@ def main() -> None:
     not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
     common = {n: v for n, v in vars(args).items() if n not in not_compared}
     common["primed_weights"] = args.priming.get("files")
-    records, runs = [], plan_runs(common, args.seeds, data, encoder, args.results, args.save)
+    records, runs = [], [*plan_runs(common, args.seeds, data, encoder, args.results, args.save)]
     for settings, result_file, save_folder, done, train, test in runs:
         if done:
             record = read_record(result_file, settings)
@@ -104,13 +104,12 @@ def main() -> None:
         table = f1.agg(F1="mean", std="std", seeds="size").reset_index()
         print(table.to_string(index=False, float_format="%.2f", na_rep="-"))
 
-def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) -> list[tuple]:
-    """For each run: settings, result file, folder of --save, whether it is done, and sentences.
-    Before any training, raises an error if a folder is another run's or cannot be written."""
+def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
+    """Yields for each run: settings, result file, folder of --save, whether it is done, sentences.
+    Raises an error if a folder is another run's or cannot be written."""
     for parent in filter(None, (results, save)):
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
-    runs = []
     for language, (train, test) in data.items():
         sizes = {"train_sentences": len(train), "test_sentences": len(test)}
         shared = common | sizes | adapters.fingerprint(encoder, (train, test))
@@ -118,13 +117,12 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None) ->
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
-            saved = folder is None  # nothing to save
-            # a folder that does not exist yet is claimed in save_tuned, after training
-            if folder and folder.exists():
-                saved = adapters.find_run_or_claim(folder, settings, "tuned.json") is not None
-            done = result.exists() and saved
-            runs.append((settings, result, folder, done, train, test))
-    return runs
+            done = result.exists()
+            # with --save, the tuned parameters must be there too; save_tuned claims a new folder
+            if folder:
+                saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
+                done = done and bool(saved)
+            yield settings, result, folder, done, train, test
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
     """Plain fine-tuning of `tuned` by AdamW, for `epochs` or, if that is more, `min_steps`."""

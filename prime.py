@@ -98,16 +98,18 @@ class FunctionalModel(nn.Module):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # maps every path of a parameter in this module ("model.head.bias") to its name in `theta`,
-        # or to None if it is in no set. A tied parameter has several paths and one name
+        # maps each path of a parameter in this module ("model.head.bias") to its name in `theta`; a
+        # tied parameter has one name, and a path in each module that holds it
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
-                self.name_of_path[f"{path}.{n}"] = name_of.get(p)
+                if p in name_of:
+                    self.name_of_path[f"{path}.{n}"] = name_of[p]
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
-        """The loss; after a backward pass, if `backward_to`; or its gradients for `grads_of`."""
+        """Returns the loss with its graph. With `grads_of`, returns its gradients for these instead.
+        With `backward_to`, adds its gradients for these to their .grad, and returns it detached."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
