@@ -47,12 +47,13 @@ class Tagger(nn.Module):
     def __init__(self, encoder: nn.Module, num_tags: int, pe="adapter", bottleneck=None, bf16=False):
         super().__init__()
         config = encoder.config
-        self.encoder = add_lora(encoder, rank=bottleneck or 8) if pe == "lora" else encoder
         self.pe, self.bf16 = pe, bf16
+        self.bottleneck = bottleneck or (8 if pe == "lora" else 64)
+        self.encoder = add_lora(encoder, self.bottleneck) if pe == "lora" else encoder
         # to save padding, encoder_inputs packs several sentences into a row. The encoder must take
         # position ids and a mask [rows, 1, length, length], and have no causal mask of its own
         self.packs = config.model_type in ("bert", "roberta", "xlm-roberta") and not config.is_decoder
-        self.adapter = Adapter(config.hidden_size, bottleneck or 64) if pe == "adapter" else nn.Identity()
+        self.adapter = Adapter(config.hidden_size, self.bottleneck) if pe == "adapter" else nn.Identity()
         self.head = nn.Linear(config.hidden_size, num_tags)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -68,9 +69,10 @@ class Tagger(nn.Module):
 
     def encoder_inputs(self, sentences: list[Sentence]) -> tuple[dict, tuple]:
         """Packs sentences into rows. Returns the encoder's arguments and two tensors [rows, length]:
-        the number of the sentence at each position (0: padding), and whether a word starts there."""
+        the number of the sentence at each position (0: padding) and whether a word starts there."""
         dtype, config = self.head.weight.dtype, self.encoder.config
         capacity = 2 * max(len(s.input_ids) for s in sentences) if self.packs else 0  # 0: one per row
+        # pack gives four numbers for each position: rows are [rows, length, 4] here
         rows = nn.utils.rnn.pad_sequence(pack(sentences, capacity), batch_first=True)
         sentence_ids, input_ids, positions, starts = rows.to(self.head.weight.device).unbind(-1)
         inputs = {"input_ids": input_ids, "attention_mask": (sentence_ids > 0).long()}
@@ -103,13 +105,13 @@ class Tagger(nn.Module):
 def add_lora(encoder: nn.Module, rank: int) -> nn.Module:
     """The encoder with LoRA (Hu et al. 2022, by peft), scaled by 2, on the layers that peft has for
     its architecture, or else on all linear layers but the pooler's. No parameter is frozen."""
-    with error_context("--pe lora needs peft: pip install peft"):
-        import peft
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear)]
-    layers = known.get(encoder.config.model_type) or [n for n in linear if "pooler" not in n]
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
-    return peft.get_peft_model(encoder, config).requires_grad_()
+    with error_context("--pe lora (pip install peft)"):
+        import peft
+        known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        layers = known.get(encoder.config.model_type) or [n for n in linear if "pooler" not in n]
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+        return peft.get_peft_model(encoder, config).requires_grad_()
 
 def pack(sentences: list[Sentence], capacity: int) -> list[Tensor]:
     """Rows [length, 4]: sentence number, input id, position in its sentence, whether a word starts.
@@ -258,8 +260,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with error_context(f"writing {path}"):
         try:
             yield new
-            # the same command may run twice at once. The first to finish deletes all *.new files,
-            # in save_primed; then its output is complete, and ours is not needed
+            # `new` may be gone: if another process with the same command finishes first, save_primed
+            # deletes all *.new files there. The output is then complete, so this is no error
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:

@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck come from the "
-        "folder --init, or if that is none, from the paper. The defaults of --data and --tgt are "
-        "the paper's too. All other defaults are ours.")
+        "Fine-tune an encoder, and score it. With --init FOLDER, --model, --types, --pe and "
+        "--bottleneck are taken from the folder; with --init none they default to the paper's "
+        "values, as --data and --tgt always do. Other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -47,8 +47,7 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        # a flag that is not set takes the primed folder's value, and one that is set must equal it.
-        # With --init none, flags are free and have defaults
+        # an unset flag takes the primed folder's value; a set one must equal it (--init none: free)
         fallback = args.priming.get(name, default)
         value = getattr(args, name, fallback)
         expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
@@ -67,7 +66,7 @@ def main() -> None:
         test = load_sentences(args.data, language, args.split, *options, args.limit_test)
         data[language] = train, test
     not_compared = ("model", "init", "data", "device", "tgt", "seeds", "results", "save", "priming")
-    common = {n: v for n, v in vars(args).items() if n not in not_compared}
+    common = {n: v for n, v in sorted(vars(args).items()) if n not in not_compared}
     common["primed_weights"] = args.priming.get("files")
     records, runs = [], [*plan_runs(common, args.seeds, data, encoder, args.results, args.save)]
     for settings, result_file, save_folder, done, train, test in runs:
@@ -92,12 +91,12 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(BrokenPipeError):  # stdout's reader has exited
+        with suppress(OSError):  # a closed pipe, say
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
-        if save_folder and not done:
-            save_tuned(save_folder, settings, record, model, tuned)
         if not done:
             adapters.write_record(result_file, record)
+        if save_folder and not done:
+            save_tuned(save_folder, settings, record, model, tuned)
         records.append(record)
     if len(records) > 1:
         f1 = pandas.DataFrame(records).groupby("target", sort=False)["f1"]
@@ -116,9 +115,8 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder = save / name if save else None
-            done = result.exists()
-            # with --save, the tuned parameters must be there too; save_tuned claims a new folder
+            folder, done = (save / name if save else None), result.exists()
+            # with --save, the tuned parameters must be there too; save_tuned makes a missing folder
             if folder:
                 saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
                 done = done and bool(saved)
@@ -156,15 +154,15 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
 def save_tuned(folder: Path, settings, record: dict, model: Tagger, tuned) -> None:
-    """Writes what examples/load.py reads, tuned.json last. Adds `base` and `files` to record."""
+    """Writes what examples/load.py reads; tuned.json comes last, and marks that all is written."""
     adapters.find_run_or_claim(folder, settings, "tuned.json")
     base = model.encoder.name_or_path
     if os.path.isdir(base):  # relative, so that base and folder can be moved together
         base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
     with adapters.atomic_write(folder / "tuned.safetensors") as new:
         save_file(tuned, new)
-    record |= {"base": base, "files": adapters.file_checksums(folder)}
-    adapters.write_record(folder / "tuned.json", record)
+    files = {"base": base, "files": adapters.file_checksums(folder)}
+    adapters.write_record(folder / "tuned.json", record | files)
 
 if __name__ == "__main__":
     adapters.cli(main)

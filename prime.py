@@ -31,7 +31,6 @@ def prime(
     """Algorithm 1 as a generator. Each iteration runs one meta step (lines 2 to 9), which updates the
     parameters in place, and yields one query loss per task. Nothing happens until you iterate;
     afterwards θp* and θa* are in the model.
-
     model: encoder f, adapter g and head h in one module. Call `model.eval()` first, against dropout.
     theta_p, theta_a, theta_h: disjoint parts of `dict(model.named_parameters())` that require
         gradients (§3.1). A parameter in none of them is a constant.
@@ -56,7 +55,7 @@ def prime(
         check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps)
         outer_params = [*theta_p.values(), *theta_a.values()]
         inner_params = {**theta_a, **theta_h, **(theta_p if maml else {})}  # with θp: the red line
-        f_theta = FunctionalModel(model, loss, thetas, forbid_checkpointing=second_order or encode)
+        task_loss = TaskLoss(model, loss, thetas, forbid_checkpointing=second_order or encode)
         supports, queries = support_and_query_sets(tasks, encode, second_order)
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
@@ -64,13 +63,13 @@ def prime(
             # clone() keeps θi in θ's graph: the backward pass of line 9 adds to the gradient of θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
-                grads = f_theta.gradients(theta_i, support, create_graph=second_order)
+                grads = task_loss.gradients_at(theta_i, support, create_graph=second_order)
                 theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}  # 6
             # 7: end for
             if encode:  # the query sets of all tasks share a graph: one backward pass, after line 8
-                query_losses.append(f_theta.call_with(theta_i, query))
+                query_losses.append(task_loss.at(theta_i, query))
             else:  # adds ∇ L_Ti to .grad
-                query_losses.append(f_theta.call_with(theta_i, query, backward_to=outer_params))
+                query_losses.append(task_loss.at(theta_i, query, backward_to=outer_params))
             theta_of_first_task = theta_of_first_task or theta_i
         # 8: end for
         if encode:
@@ -88,18 +87,18 @@ def prime(
     # 10: end while
     return theta_p, theta_a  # 11: updated in place
 
-class FunctionalModel(nn.Module):
-    """L(f_θ, D) for any θ: `functional_call` puts `theta` into the model only while `forward`
-    runs. Activation checkpointing recomputes the forward pass during the backward pass,
-    so the backward pass must run inside `forward` too. In two cases it cannot: with second_order,
-    line 9 differentiates through the inner steps' forward passes; with encode, it runs once for
-    all tasks, after line 8. Checkpointing would use θ, not θi, there, and is forbidden."""
+class TaskLoss(nn.Module):
+    """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class, with `theta`
+    in place of the model's parameters. Activation checkpointing recomputes the model during the
+    backward pass, so that pass must run inside this `forward` too. In two cases it cannot: with
+    second_order, line 9 differentiates through the inner steps as well; with encode, it runs once
+    for all tasks, after line 8. Checkpointing would use θ, not θi, there, and is forbidden."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # maps each path of a parameter in this module ("model.head.bias") to its name in `theta`; a
-        # tied parameter has one name, and a path in each module that holds it
+        # functional_call(self, …) wants names as this class has them ("model.head.bias"); `theta`
+        # has the model's ("head.bias"). A tied parameter has several of the former, one of these
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
@@ -109,7 +108,7 @@ class FunctionalModel(nn.Module):
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
         """Returns the loss with its graph. With `grads_of`, returns its gradients for these instead.
-        With `backward_to`, adds its gradients for these to their .grad, and returns it detached."""
+        With `backward_to`, adds its gradients to the .grad of these, and returns it detached."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
@@ -123,14 +122,14 @@ class FunctionalModel(nn.Module):
             return loss.detach()
         return loss
 
-    def call_with(self, theta, batch, **options):
-        """`forward(batch, **options)` with the parameters `theta`."""
+    def at(self, theta, batch, **options):
+        """`forward(batch, **options)` with `theta` in the model."""
         replaced = {path: theta[name] for path, name in self.name_of_path.items() if name in theta}
         return functional_call(self, replaced, (batch,), options, tie_weights=False)
 
-    def gradients(self, theta, batch, create_graph):
+    def gradients_at(self, theta, batch, create_graph):
         """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
-        grads = self.call_with(theta, batch, grads_of=[*theta.values()], create_graph=create_graph)
+        grads = self.at(theta, batch, grads_of=[*theta.values()], create_graph=create_graph)
         grads = dict(zip(theta, grads))
         check_grads(grads, self.thetas, "the loss of a support set")
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
@@ -248,6 +247,7 @@ def main() -> None:
     settings = {n: v for n, v in vars(args).items() if n not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, args.device, args.bf16)
+    settings["bottleneck"] = model.bottleneck
     if adapters.find_run_or_claim(args.output, settings, "priming.json"):
         return print(f"{args.output} is complete")
     theta_p, theta_a, theta_h = model.split_parameters()

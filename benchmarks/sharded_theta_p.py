@@ -61,7 +61,7 @@ def shard(model: adapters.Tagger) -> None:
     fully_shard(model, mesh=mesh, ignored_params={*theta_a.values(), *theta_h.values()})
 
 
-class ShardedModel(prime.FunctionalModel):
+class ShardedLoss(prime.TaskLoss):
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
         """Calls `backward()` without `inputs=`, which does not know FSDP's unsharded parameters."""
         result = super().forward(batch, grads_of, create_graph)
@@ -73,16 +73,16 @@ class ShardedModel(prime.FunctionalModel):
 def sharded_meta_step(model: adapters.Tagger, tasks: list, inner_steps: int, inner_lr: float) -> None:
     """Lines 3 to 8 and the gradients of line 9, for this process's tasks; .grad is summed over processes."""
     sets = dict(zip(("theta_p", "theta_a", "theta_h"), model.split_parameters()))
-    f_theta = ShardedModel(model, adapters.tag_loss, sets, forbid_checkpointing=False)
+    task_loss = ShardedLoss(model, adapters.tag_loss, sets, forbid_checkpointing=False)
     model.zero_grad()
     for number, (support, query) in enumerate(tasks, start=1):
         model.set_requires_gradient_sync(number == len(tasks))  # one exchange of gradients per step
         theta_i = {n: p.clone() for n, p in sets["theta_a"].items()}
         theta_i |= {n: p.detach().clone().requires_grad_() for n, p in sets["theta_h"].items()}
         for _ in range(inner_steps):
-            grads = f_theta.gradients(theta_i, support, create_graph=False)
+            grads = task_loss.gradients_at(theta_i, support, create_graph=False)
             theta_i = {n: theta_i[n] - inner_lr * grads[n] for n in theta_i}
-        f_theta.call_with(theta_i, query, backward_to=[*model.parameters()])
+        task_loss.at(theta_i, query, backward_to=[*model.parameters()])
     for p in sets["theta_p"].values():
         p.grad *= dist.get_world_size()  # FSDP has averaged it
     for p in sets["theta_a"].values():

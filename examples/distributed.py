@@ -57,6 +57,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in not_compared}
     settings |= adapters.fingerprint(encoder, corpora)
     model = adapters.build_tagger(encoder, args.types, args.pe, args.bottleneck, device, args.bf16)
+    settings["bottleneck"] = model.bottleneck
     if adapters.find_run_or_claim(args.output, settings, "priming.json"):
         return print(f"{args.output} is complete") if rank == 0 else None
     theta_p, theta_a, theta_h = model.split_parameters()

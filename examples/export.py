@@ -20,6 +20,7 @@ transformers has no class for an adapter on top of an encoder: use examples/tag.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -82,11 +83,13 @@ def main() -> None:
         config = exported.get_base_model().config  # the names of the tags
     else:
         exported = config = to_token_classifier(model.encoder, model.head, tags)
-    with adapters.atomic_write(args.output) as new:
-        new.mkdir(parents=True)
-        exported.save_pretrained(new)
-        config.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent) as parent:
+        new = Path(parent, args.output.name)
+        with adapters.error_context(f"writing {args.output}"):
+            for part in (exported, config, tokenizer):
+                part.save_pretrained(new)
+        new.replace(args.output)
     print(f"{args.output}: {' '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 

@@ -29,7 +29,9 @@ def load_tagger(
     """
     folder = Path(folder)
     record = adapters.read_record(folder / "tuned.json", check_weights=True)
-    local_base = folder / record["base"]
+    local_base = (folder / record["base"]).resolve()
+    if base is None and record["base"].startswith("..") and not local_base.is_dir():
+        raise adapters.UserError(f"{folder}: its encoder is not at {local_base} any more: say where (--init)")
     base = base or str(local_base if local_base.is_dir() else record["base"])
     encoder, tokenizer = adapters.load_encoder(base, record["max_length"])
     same = adapters.fingerprint(encoder).items() <= record.items()

@@ -169,7 +169,7 @@ def test_without_peft_there_is_one_line(tmp_path, monkeypatch):
     for script, flags in (("prime.py", [*SMALL, "--output", tmp_path / "out"]),
                           ("finetune.py", [*HINDI, *DEMO[:2], "--init", "none", "--pe", "lora"])):
         (line,) = command(script, *flags, status=2).stderr.splitlines()
-        assert line.startswith(f"{script}: --pe lora needs peft: pip install peft")
+        assert line.startswith(f"{script}: --pe lora (pip install peft): ")
     assert not (tmp_path / "out").exists()
 
 
@@ -199,3 +199,27 @@ def test_lora_that_starts_from_the_pretrained_encoder_is_peft_s(tmp_path):
         f"encoder.base_model.model.encoder.layer.{layer}.attention.self.{matrix}"
         for layer in range(3) for matrix in ("query", "value")}
     assert {name for name in saved if ".lora_" not in name} == {"head.weight", "head.bias"}
+
+
+@needs_peft
+def test_an_encoder_without_layers_for_lora_ends_with_one_line(tmp_path):
+    """SqueezeBERT has convolutions only."""
+    import transformers
+
+    config = transformers.SqueezeBertConfig(
+        vocab_size=1834, hidden_size=16, embedding_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16)
+    encoder = save_encoder(transformers.AutoModel.from_config(config), tmp_path / "encoder")
+    flags = ["--model", encoder, "--output", tmp_path / "out"]
+    (line,) = command("prime.py", *SMALL, *flags, status=2).stderr.splitlines()
+    assert line.startswith("prime.py: --pe lora (pip install peft") and not (tmp_path / "out").exists()
+
+
+@needs_peft
+def test_the_default_rank_may_be_given_again(tmp_path):
+    flags = [*SMALL, "--steps", 1, "--output", tmp_path / "primed"]
+    command("prime.py", *flags)
+    assert "is complete" in command("prime.py", *flags, "--bottleneck", 8).stdout
+    tuning = [*HINDI, "--init", tmp_path / "primed", "--limit-train", 20, "--epochs", 1, "--results", tmp_path]
+    command("finetune.py", *tuning)
+    assert "done before" in command("finetune.py", *tuning, "--bottleneck", 8).stdout

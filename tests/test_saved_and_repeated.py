@@ -206,8 +206,7 @@ def test_save_works_after_a_run_without_it(tmp_path):
     (without,) = read_results(tmp_path / "r")
     command("finetune.py", *flags, "--save", tmp_path / "tuned")
     (record,) = read_results(tmp_path / "r")
-    saved = json.loads((tmp_path / "tuned/hi-0/tuned.json").read_text())
-    assert record == saved and {name: saved[name] for name in without} == without | {"save": saved["save"]}
+    assert record == without | {"save": str(tmp_path / "tuned")}
     assert tensors(tmp_path / "tuned/hi-0", "tuned.safetensors")
     assert "done before" in command("finetune.py", *flags, "--save", tmp_path / "tuned").stdout
 
@@ -243,28 +242,28 @@ def test_two_commands_share_a_results_folder_and_repeating_them_skips_what_is_do
     assert [line.split()[-1] for line in done.stdout.splitlines()[-2:]] == ["5", "5"]  # seeds in the table
 
 
-def killed_before_the_tuned_weights_get_their_name():
+def killed_before_the_result_gets_its_name():
     killed_before_replacement(1)
 
 
-def killed_before_the_record_that_completes_the_folder():
+def killed_before_the_tuned_weights_get_their_name():
     killed_before_replacement(2)
 
 
-def killed_before_the_result_gets_its_name():
+def killed_before_the_record_that_completes_the_folder():
     killed_before_replacement(3)
 
 
 @pytest.mark.parametrize(
     "fault",
-    [killed_before_the_tuned_weights_get_their_name, killed_before_the_record_that_completes_the_folder,
-     killed_before_the_result_gets_its_name],
+    [killed_before_the_result_gets_its_name, killed_before_the_tuned_weights_get_their_name,
+     killed_before_the_record_that_completes_the_folder],
 )
 def test_the_same_command_completes_fine_tuning_killed_at_the_worst_moment(fault, table, tmp_path):
     save, results = tmp_path / "tuned", tmp_path / "results"
     flags = [*HINDI, *SMALL_TUNING, *TUNING[3], "--results", results, "--save", save]
     run_process("finetune.py", flags, tmp_path / "stderr", -signal.SIGKILL, fault=fault)
-    assert not read_results(results)
+    assert not (save / "hi-0/tuned.json").exists()
     run_process("finetune.py", flags, tmp_path / "stderr")
     (record,) = read_results(results)
     assert record["f1"] == read_results(table[3][0] / "results")[0]["f1"]

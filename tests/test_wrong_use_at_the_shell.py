@@ -276,7 +276,8 @@ def test_a_closed_pipe_does_not_stop_the_remaining_seeds(tmp_path):
     flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--seeds", 0, 1, "--results", tmp_path / "r"]
     script = " ".join(map(str, [sys.executable, "finetune.py", *flags, "2>", tmp_path / "stderr", "| true"]))
     subprocess.run(["bash", "-c", script], cwd=HERE)
-    assert [record["seed"] for record in read_results(tmp_path / "r")] == [0, 1]
+    subprocess.run(["bash", "-c", script.replace("| true", "--lr 1e-2 > /dev/full")], cwd=HERE)  # a full disk
+    assert [record["seed"] for record in read_results(tmp_path / "r")] == [0, 1, 0, 1]
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
