@@ -86,7 +86,7 @@ class Tagger(nn.Module):
     def encode_sets(self, sets: list[list[Sentence]]) -> list[list[Sentence]]:
         """The same sets of sentences, with their features."""
         encoded, sentences = [], [s for part in sets for s in part]
-        for start in range(0, len(sentences), 256):  # bounds the memory
+        for start in range(0, len(sentences), 256):  # bounds memory
             chunk = sentences[start : start + 256]
             inputs, layout = self.encoder_inputs(chunk)
             with torch.autocast(layout[0].device.type, torch.bfloat16, enabled=self.bf16):
@@ -144,7 +144,7 @@ def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
-    logging.set_verbosity_error()  # weights are checked below
+    logging.set_verbosity_error()  # weights: see below
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)
@@ -277,7 +277,7 @@ def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | 
         with open(path, "x") as file:
             file.write(json.dumps(settings, indent=2))
     except FileExistsError:
-        time.sleep(0.1)  # it may be half written
+        time.sleep(0.1)  # another process may be at it
         read_record(path, settings)  # raises if they differ
     return read_record(record_file, check_weights=True) if record_file.exists() else None
 

@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. With --init FOLDER, --model, --types, --pe and "
-        "--bottleneck are taken from the folder; with --init none they default to the paper's "
-        "values, as --data and --tgt always do. Other defaults are ours.")
+        "Fine-tune an encoder, and score it. The folder given by --init also fixes --model, "
+        "--types, --pe and --bottleneck. With --init none, these have the paper's values by "
+        "default. So do --data and --tgt in both cases. Other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -47,7 +47,7 @@ def parse_arguments():
     args.priming = {} if args.init == "none" else read_record(
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
-        # an unset flag takes the primed folder's value; a set one must equal it (--init none: free)
+        # a flag takes the primed folder's value, or must agree with it; with --init none it is free
         fallback = args.priming.get(name, default)
         value = getattr(args, name, fallback)
         expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
@@ -91,7 +91,7 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(OSError):  # a closed pipe, say
+        with suppress(OSError):  # a closed pipe
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
             adapters.write_record(result_file, record)
@@ -116,7 +116,8 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, done = (save / name if save else None), result.exists()
-            # with --save, the tuned parameters must be there too; save_tuned makes a missing folder
+            # with --save, a run is done only if its tuned parameters are saved as well. A folder
+            # that does not exist yet is not claimed here: save_tuned does that after the run
             if folder:
                 saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
                 done = done and bool(saved)

@@ -88,17 +88,17 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class TaskLoss(nn.Module):
-    """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class, with `theta`
-    in place of the model's parameters. Activation checkpointing recomputes the model during the
-    backward pass, so that pass must run inside this `forward` too. In two cases it cannot: with
-    second_order, line 9 differentiates through the inner steps as well; with encode, it runs once
-    for all tasks, after line 8. Checkpointing would use θ, not θi, there, and is forbidden."""
+    """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class with `theta`
+    in the model, and then puts the model's own θ back. Activation checkpointing runs the model
+    again in the backward pass, and needs `theta` there: so `forward` also does the backward pass.
+    In two cases that comes later, and checkpointing is forbidden: with second_order, line 9
+    differentiates through the inner steps too; with encode, it runs once for all tasks."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # functional_call(self, …) wants names as this class has them ("model.head.bias"); `theta`
-        # has the model's ("head.bias"). A tied parameter has several of the former, one of these
+        # maps every path of a parameter in this class ("model.head.bias"), as functional_call wants
+        # it, to its name in `theta` ("head.bias"). A tied parameter has several paths, but one name
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         self.name_of_path = {}
         for path, module in self.named_modules():
@@ -200,9 +200,8 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
-    """Yields a list of (support, query) pairs per meta step. `tasks`, `support`, `query`: counts.
-    A task's sets are disjoint samples of one corpus (a language), and corpora alternate. A step is
-    given by `seed` and its number: a resumed run draws the same sentences and dropout masks."""
+    """Yields a list of (support, query) pairs per meta step: for each task, disjoint samples of one
+    corpus (a language). Corpora alternate. `seed` and its number give a step: it can be resumed."""
     for step in range(start_step, steps):
         rng, batch = random.Random(f"{seed} {step}"), []
         for task in range(step * tasks, (step + 1) * tasks):
