@@ -144,7 +144,8 @@ def build_tagger(encoder, types, pe, bottleneck, device, bf16=False) -> Tagger:
 def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     """f in float32, and its tokenizer. Raises UserError if they do not load or do not fit."""
     from transformers import AutoModel, AutoTokenizer, logging
-    logging.set_verbosity_error()  # weights: see below
+    # hides the report on missing and unexpected weights, which `faults` checks below instead
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     with error_context(f"--model {name} (offline, give a folder)"):
         encoder, info = AutoModel.from_pretrained(name, dtype=torch.float, output_loading_info=True)

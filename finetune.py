@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. The folder given by --init also fixes --model, "
-        "--types, --pe and --bottleneck. With --init none, these have the paper's values by "
-        "default. So do --data and --tgt in both cases. Other defaults are ours.")
+        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck come from the "
+        "--init folder, or with --init none default to the paper's values. --data and --tgt always "
+        "default to the paper's. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -91,7 +91,7 @@ def main() -> None:
             updated = sum(p.numel() for p in tuned.values())
             parameters = sum(p.numel() for p in (theta_p | theta_a | theta_h).values())
             record |= {"updated": updated, "parameters": parameters, "share": updated / parameters}
-        with suppress(OSError):  # a closed pipe
+        with suppress(OSError):  # a closed pipe, a full disk
             print(SCORE.format(**record) + ("  (done before)" if done else ""), flush=True)
         if not done:
             adapters.write_record(result_file, record)
@@ -116,8 +116,8 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, done = (save / name if save else None), result.exists()
-            # with --save, a run is done only if its tuned parameters are saved as well. A folder
-            # that does not exist yet is not claimed here: save_tuned does that after the run
+            # with --save, a run is done only if its tuned parameters are saved as well. An existing
+            # folder must be this run's; a missing one is made only by save_tuned, after the run
             if folder:
                 saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
                 done = done and bool(saved)

@@ -74,7 +74,6 @@ def prime(
         # 8: end for
         if encode:
             sum(query_losses).backward(inputs=outer_params)  # 9: ∇ Σ L_Ti
-        # not in the paper: stop if no gradient reaches θp or θa
         grads = {n: p.grad for n, p in {**theta_p, **theta_a}.items()}
         check_grads(grads, thetas, "the sum of the query losses")
         optimizer.step()  # 9: θa and θp
@@ -90,9 +89,9 @@ def prime(
 class TaskLoss(nn.Module):
     """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class with `theta`
     in the model, and then puts the model's own θ back. Activation checkpointing runs the model
-    again in the backward pass, and needs `theta` there: so `forward` also does the backward pass.
-    In two cases that comes later, and checkpointing is forbidden: with second_order, line 9
-    differentiates through the inner steps too; with encode, it runs once for all tasks."""
+    again in the backward pass, so `forward` does that pass too, while `theta` is in the model.
+    Checkpointing is forbidden where a backward pass comes after `forward`: with second_order, line
+    9 goes back through the inner steps; with encode, one pass for all tasks follows line 8."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
@@ -201,7 +200,8 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
     """Yields a list of (support, query) pairs per meta step: for each task, disjoint samples of one
-    corpus (a language). Corpora alternate. `seed` and its number give a step: it can be resumed."""
+    corpus (a language). Corpora alternate. Each step depends only on `seed` and the step's number,
+    so an interrupted run can resume at `start_step`."""
     for step in range(start_step, steps):
         rng, batch = random.Random(f"{seed} {step}"), []
         for task in range(step * tasks, (step + 1) * tasks):
@@ -233,8 +233,6 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
-    from tqdm import tqdm
-
     import adapters
     torch.manual_seed(args.seed)
     encoder, tokenizer = adapters.load_encoder(args.model, args.max_length)
@@ -265,6 +263,7 @@ def main() -> None:
         loss=adapters.tag_loss, optimizer=optimizer, scheduler=scheduler, inner_lr=args.inner_lr,
         inner_steps=inner_steps, maml=args.method == "maml",
         encode=model.encode_sets if args.pe == "adapter" else None)  # else θa is inside f
+    from tqdm import tqdm
     for query_losses in tqdm(meta_training, "priming", args.steps, initial=len(losses), disable=None):
         losses.append(sum(query_losses))
         norm = nn.utils.get_total_norm([p.grad for p in outer_params if p.grad is not None])
