@@ -157,8 +157,8 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
     # too few of them. Other unexpected weights are those of a head, which is fine
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
-    unmasked = ("fnet", "convbert", "nystromformer", "yoso")
-    expect(config.model_type not in unmasked, f"--model {name}: padding changes its features")
+    ignore_mask = ("fnet", "convbert", "nystromformer", "yoso")
+    expect(config.model_type not in ignore_mask, f"--model {name}: padding changes its features")
     expect(not config.is_encoder_decoder, f"--model {name} has a decoder: take an encoder")
     pieces, known = len(tokenizer), encoder.get_input_embeddings().num_embeddings
     expect(pieces > len(tokenizer.all_special_ids), f"--model {name} has no vocabulary file")

@@ -116,8 +116,8 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, done = (save / name if save else None), result.exists()
-            # with --save, a run is done only if its tuned parameters are saved as well. An existing
-            # folder must be this run's; a missing one is made only by save_tuned, after the run
+            # with --save, find_run_or_claim gives the record if the parameters are saved, and raises
+            # if the folder is another run's. It would make a missing one: save_tuned does that
             if folder:
                 saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
                 done = done and bool(saved)

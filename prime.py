@@ -89,9 +89,10 @@ def prime(
 class TaskLoss(nn.Module):
     """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class with `theta`
     in the model, and then puts the model's own θ back. Activation checkpointing runs the model
-    again in the backward pass, so `forward` does that pass too, while `theta` is in the model.
-    Checkpointing is forbidden where a backward pass comes after `forward`: with second_order, line
-    9 goes back through the inner steps; with encode, one pass for all tasks follows line 8."""
+    again during the backward pass. If that came after θ is back, it would silently use θ instead of
+    `theta`: so `forward` also does the backward pass (`grads_of`, `backward_to`). In two cases a
+    backward pass must come later, so checkpointing is forbidden: with second_order, line 9 goes
+    back through the inner steps; with encode, one backward pass for all tasks follows line 8."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
@@ -199,9 +200,8 @@ def adamw_with_linear_decay(parameters: Iterable[Tensor], lr: float, steps: int)
 
 # ---- below: the paper's experiment, with the model and the data of adapters.py ----
 def sample_batches(corpora, steps, tasks, support, query, seed, start_step=0) -> Iterator[list]:
-    """Yields a list of (support, query) pairs per meta step: for each task, disjoint samples of one
-    corpus (a language). Corpora alternate. Each step depends only on `seed` and the step's number,
-    so an interrupted run can resume at `start_step`."""
+    """Yields a list of (support, query) pairs per meta step: per task, disjoint samples of one
+    language's corpus; corpora alternate. A step depends only on `seed` and the step's number."""
     for step in range(start_step, steps):
         rng, batch = random.Random(f"{seed} {step}"), []
         for task in range(step * tasks, (step + 1) * tasks):
