@@ -153,8 +153,7 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises for slow tokenizers
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # layers are numbered from 0: a weight of layer `num_hidden_layers` shows that config.json has
-    # too few of them. Other unexpected weights are those of a head, which is fine
+    # layers are numbered 0 to n - 1: weights of a layer n do not fit config.json, those of a head do
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     ignore_mask = ("fnet", "convbert", "nystromformer", "yoso")
@@ -201,8 +200,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     expect(re.fullmatch(r"\w[\w.-]*", language), f"{language!r} is not a language code, such as hi")
     folder, tags = Path(data) / language, tag_names(types)
     file, sentences = folder / f"{split}.txt", [[]]
-    # if `data` is a local folder, it must hold the file: the error shows the deepest folder that
-    # exists. Else `data` is a hub name
+    # a local `data` must hold the file; the error lists the deepest folder that exists
     root = folder if folder.is_dir() else Path(data)
     if root.is_dir() and not file.exists():
         raise UserError(f"expected {file}, found in {root}: {sorted(os.listdir(root))}")
@@ -262,7 +260,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         try:
             yield new
             # `new` may be gone: if another process with the same command finishes first, save_primed
-            # deletes all *.new files there. The output is then complete, so this is no error
+            # deletes all *.new files there. The output is then complete: this is no error
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:
@@ -278,7 +276,8 @@ def find_run_or_claim(folder: Path, settings: dict, record_name: str) -> dict | 
         with open(path, "x") as file:
             file.write(json.dumps(settings, indent=2))
     except FileExistsError:
-        time.sleep(0.1)  # another process may be at it
+        # another process may have created settings.json just now, and still be writing it
+        time.sleep(0.1)
         read_record(path, settings)  # raises if they differ
     return read_record(record_file, check_weights=True) if record_file.exists() else None
 

@@ -107,8 +107,8 @@ class TaskLoss(nn.Module):
                     self.name_of_path[f"{path}.{n}"] = name_of[p]
 
     def forward(self, batch, grads_of=None, create_graph=False, backward_to=None):
-        """Returns the loss with its graph. With `grads_of`, returns its gradients for these instead.
-        With `backward_to`, adds its gradients to the .grad of these, and returns it detached."""
+        """Returns the loss with its graph. `grads_of`, tensors: returns their gradients instead.
+        `backward_to`, parameters: adds their gradients to .grad, and returns the loss detached."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
         forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
         with forbid if self.forbid_checkpointing else nullcontext():
