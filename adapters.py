@@ -153,7 +153,8 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises for slow tokenizers
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # layers are numbered 0 to n - 1: weights of a layer n do not fit config.json, those of a head do
+    # unexpected weights of a head are harmless. Those of a layer n are not: config.json has layers
+    # 0 to n - 1, which is too few for these weights
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     ignore_mask = ("fnet", "convbert", "nystromformer", "yoso")

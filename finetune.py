@@ -116,9 +116,9 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, done = (save / name if save else None), result.exists()
-            # with --save, a run is done only if its parameters are saved. find_run_or_claim returns
-            # the record if they are, and raises if the folder is another run's. It would create a
-            # missing folder, which is left to save_tuned: so call it only for one that exists
+            # with --save, a run is done only if its parameters are saved too. Planning must not
+            # create folders (save_tuned does), and find_run_or_claim would: so ask it only about a
+            # folder that exists. It raises if that is another run's
             if folder:
                 saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
                 done = done and bool(saved)

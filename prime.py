@@ -1,7 +1,6 @@
 """Priming for parameter-efficient (PE) fine-tuning: Algorithm 1 of Gheini, Ma and May (ACL 2023).
-`python prime.py --src en es` runs the paper's experiment and writes θp* and θa* to `primed/`. To
-prime your own model, copy the part above the dividing line and iterate over `prime`. That part
-needs torch alone: 2.4 or newer, tested with 2.13.0."""
+`python prime.py --src en es` runs the paper's experiment and writes θp* and θa* to `primed/`.
+To prime your own model, copy the part above the dividing line: it needs torch 2.4 or newer alone."""
 
 import math
 import random
@@ -60,7 +59,7 @@ def prime(
         optimizer.zero_grad()  # line 9's sum starts at zero
         query_losses, theta_of_first_task = [], {}
         for support, query in zip(supports, queries):  # 3: for all Ti in T do
-            # clone() keeps θi in θ's graph: the backward pass of line 9 adds to the gradient of θ
+            # copies, but not detached: through θi, the backward pass of line 9 reaches θ
             theta_i = {n: p.clone() for n, p in inner_params.items()}  # 4: θi = θ
             for _ in range(inner_steps):  # 5: for s = 1..S do
                 grads = task_loss.gradients_at(theta_i, support, create_graph=second_order)
