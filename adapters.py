@@ -153,8 +153,8 @@ def load_encoder(name: str, max_length: int) -> tuple[nn.Module, Any]:
         tokenizer("word").word_ids()  # raises for slow tokenizers
     config = encoder.config
     faults = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    # unexpected weights of a head are harmless. Those of a layer n are not: config.json has layers
-    # 0 to n - 1, which is too few for these weights
+    # unexpected weights of a head are harmless, but not those of a surplus layer. If config.json
+    # has num_hidden_layers = 12, layers are 0 to 11, and ".12." in a name shows that there are more
     faults += [key for key in info["unexpected_keys"] if f".{config.num_hidden_layers}." in key]
     expect(not faults, f"--model {name}: config.json and weights do not fit: {faults[:1]}")
     ignore_mask = ("fnet", "convbert", "nystromformer", "yoso")
@@ -261,7 +261,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         try:
             yield new
             # `new` may be gone: if another process with the same command finishes first, save_primed
-            # deletes all *.new files there. The output is then complete: this is no error
+            # deletes all *.new files. The output is then complete: this is no error
             with suppress(FileNotFoundError):
                 new.replace(path)
         finally:
@@ -342,6 +342,7 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        # KeyboardInterrupt has no text
         message = " ".join(str(error).split()) or "interrupted; checkpoints and results are kept"
         argparse.ArgumentParser().exit(2, f"{Path(sys.argv[0]).name}: {message}\n")
 

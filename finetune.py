@@ -116,12 +116,12 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder, done = (save / name if save else None), result.exists()
-            # with --save, a run is done only if its parameters are saved too. Planning must not
-            # create folders (save_tuned does), and find_run_or_claim would: so ask it only about a
-            # folder that exists. It raises if that is another run's
-            if folder:
-                saved = folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
-                done = done and bool(saved)
+            # with --save, a run is done only if its parameters are saved too
+            if folder and not folder.exists():
+                done = False
+            # raises an error if the folder is another run's
+            elif folder:
+                done = bool(adapters.find_run_or_claim(folder, settings, "tuned.json")) and done
             yield settings, result, folder, done, train, test
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:

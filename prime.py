@@ -96,9 +96,9 @@ class TaskLoss(nn.Module):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
-        # maps every path of a parameter in this class ("model.head.bias"), as functional_call wants
-        # it, to its name in `theta` ("head.bias"). A tied parameter has several paths, but one name
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
+        # from every path of a parameter in this class ("model.head.bias"), as functional_call wants
+        # it, to its name in `theta` ("head.bias"). A tied parameter has several paths, but one name
         self.name_of_path = {}
         for path, module in self.named_modules():
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -109,8 +109,7 @@ class TaskLoss(nn.Module):
         """Returns the loss with its graph. `grads_of`, tensors: returns their gradients instead.
         `backward_to`, parameters: adds their gradients to .grad, and returns the loss detached."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
-        forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
-        with forbid if self.forbid_checkpointing else nullcontext():
+        with disable_saved_tensors_hooks(CHECKPOINTING_ERROR) if self.forbid_checkpointing else nullcontext():
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
