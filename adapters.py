@@ -205,7 +205,8 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
     root = folder if folder.is_dir() else Path(data)
     if root.is_dir() and not file.exists():
         raise UserError(f"expected {file}, found in {root}: {sorted(os.listdir(root))}")
-    for location, word, tag in read_text(file) if file.exists() else read_hub(data, language, split):
+    lines = read_text(file) if file.exists() else read_hub(data, language, split)
+    for location, word, tag in lines:
         if word == tag == "":
             sentences.append([])
             continue
@@ -213,7 +214,7 @@ def read_split(data: str, language: str, split: str, types: list[str]) -> list[t
         expect(word and tag in tags, f"{location}: {expected}, found {word!r:.80} {tag!r:.80}")
         sentences[-1].append((word, tags.index(tag)))
     expect(any(sentences), f"{folder}: the {split} split is empty")
-    return [tuple(map(list, zip(*sentence))) for sentence in sentences if sentence]
+    return [([word for word, _ in s], [tag for _, tag in s]) for s in sentences if s]
 
 def read_text(file: Path) -> Iterator[tuple]:
     """Location, word (first column) and tag (last) of each line, "" if blank. Splits at tabs if any."""

@@ -115,13 +115,11 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
         for seed in dict.fromkeys(seeds):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
-            folder, done = (save / name if save else None), result.exists()
+            folder = save / name if save else None
+            # checks that an existing folder is this run's; a missing one is made after the training
+            saved = folder and folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
             # with --save, a run is done only if its parameters are saved too
-            if folder and not folder.exists():
-                done = False
-            # raises an error if the folder is another run's
-            elif folder:
-                done = bool(adapters.find_run_or_claim(folder, settings, "tuned.json")) and done
+            done = result.exists() and bool(saved or not folder)
             yield settings, result, folder, done, train, test
 
 def fine_tune(model, tuned, sentences, *, epochs, min_steps, batch_size, lr, seed, dropout) -> None:
@@ -156,7 +154,7 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
 def save_tuned(folder: Path, settings, record: dict, model: Tagger, tuned) -> None:
-    """Writes what examples/load.py reads; tuned.json comes last, and marks that all is written."""
+    """Claims the folder and writes what examples/load.py reads; the last, tuned.json, marks the end."""
     adapters.find_run_or_claim(folder, settings, "tuned.json")
     base = model.encoder.name_or_path
     if os.path.isdir(base):  # relative, so that base and folder can be moved together

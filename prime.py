@@ -86,19 +86,19 @@ def prime(
     return theta_p, theta_a  # 11: updated in place
 
 class TaskLoss(nn.Module):
-    """L(f_θ, D) at any θ: `functional_call(self, …)` runs the `forward` of this class with `theta`
-    in the model, and then puts the model's own θ back. Activation checkpointing runs the model
-    again during the backward pass. If that came after θ is back, it would silently use θ instead of
-    `theta`: so `forward` also does the backward pass (`grads_of`, `backward_to`). In two cases a
-    backward pass must come later, so checkpointing is forbidden: with second_order, line 9 goes
-    back through the inner steps; with encode, one backward pass for all tasks follows line 8."""
+    """L(f_θi, D): `functional_call(self, …)` runs the `forward` of this class with `theta_i` in the
+    model, and then puts the model's own θ back. Activation checkpointing runs the model again
+    during the backward pass. If that came after θ is back, it would silently use θ instead of θi:
+    so `forward` also does the backward pass (`grads_of`, `backward_to`). In two cases a backward
+    pass must come later, so checkpointing is forbidden: with second_order, line 9 goes back
+    through the inner steps; with encode, one backward pass for all tasks follows line 8."""
     def __init__(self, model, loss, thetas, forbid_checkpointing):
         super().__init__()
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
         # from every path of a parameter in this class ("model.head.bias"), as functional_call wants
-        # it, to its name in `theta` ("head.bias"). A tied parameter has several paths, but one name
+        # it, to its name in θi ("head.bias"). A tied parameter has several paths, but one name
         self.name_of_path = {}
         for path, module in self.named_modules():
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -109,7 +109,8 @@ class TaskLoss(nn.Module):
         """Returns the loss with its graph. `grads_of`, tensors: returns their gradients instead.
         `backward_to`, parameters: adds their gradients to .grad, and returns the loss detached."""
         # checkpointing sets hooks on saved tensors; where they are disabled, it raises this error
-        with disable_saved_tensors_hooks(CHECKPOINTING_ERROR) if self.forbid_checkpointing else nullcontext():
+        forbid = disable_saved_tensors_hooks(CHECKPOINTING_ERROR)
+        with forbid if self.forbid_checkpointing else nullcontext():
             loss = self.loss_function(self.model, batch)
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         require(scalar, f"loss must return a scalar that depends on the parameters, not {loss}")
@@ -120,17 +121,17 @@ class TaskLoss(nn.Module):
             return loss.detach()
         return loss
 
-    def at(self, theta, batch, **options):
-        """`forward(batch, **options)` with `theta` in the model."""
-        replaced = {path: theta[name] for path, name in self.name_of_path.items() if name in theta}
+    def at(self, theta_i, batch, **options):
+        """`forward(batch, **options)` with `theta_i` in the model."""
+        replaced = {path: theta_i[name] for path, name in self.name_of_path.items() if name in theta_i}
         return functional_call(self, replaced, (batch,), options, tie_weights=False)
 
-    def gradients_at(self, theta, batch, create_graph):
-        """∇_θ L(f_θ, D) by name; zero for a parameter on which the loss does not depend."""
-        grads = self.at(theta, batch, grads_of=[*theta.values()], create_graph=create_graph)
-        grads = dict(zip(theta, grads))
+    def gradients_at(self, theta_i, batch, create_graph):
+        """∇_θi L(f_θi, D) by name; zero for a parameter on which the loss does not depend."""
+        grads = self.at(theta_i, batch, grads_of=[*theta_i.values()], create_graph=create_graph)
+        grads = dict(zip(theta_i, grads))
         check_grads(grads, self.thetas, "the loss of a support set")
-        return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in grads.items()}
+        return {n: torch.zeros_like(theta_i[n]) if g is None else g for n, g in grads.items()}
 
 def support_and_query_sets(tasks, encode, second_order):
     """The support sets and the query sets of a batch of tasks, encoded if `encode` is given."""
