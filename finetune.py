@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. --model, --types, --pe and --bottleneck come from the "
-        "--init folder, or with --init none default to the paper's values. --data and --tgt always "
-        "default to the paper's. All other defaults are ours.")
+        "Fine-tune an encoder, and score it. With a folder as --init, --model, --types, --pe and "
+        "--bottleneck are read from it; with --init none they have the paper's values by default. "
+        "--data and --tgt have the paper's in both cases. All other defaults are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -116,8 +116,10 @@ def plan_runs(common, seeds, data, encoder, results: Path, save: Path | None):
             settings, name = shared | {"target": language, "seed": seed}, f"{language}-{seed}"
             result = results / f"{name}-{zlib.crc32(repr(settings).encode())}.json"
             folder = save / name if save else None
-            # checks that an existing folder is this run's; a missing one is made after the training
-            saved = folder and folder.exists() and adapters.find_run_or_claim(folder, settings, "tuned.json")
+            saved = None  # the record of this run's saved parameters, if they exist
+            # raises an error if the folder is another run's
+            if folder and folder.exists():
+                saved = adapters.find_run_or_claim(folder, settings, "tuned.json")
             # with --save, a run is done only if its parameters are saved too
             done = result.exists() and bool(saved or not folder)
             yield settings, result, folder, done, train, test
@@ -154,7 +156,7 @@ def evaluate(model: Tagger, sentences: list[Sentence], tags: list[str]) -> dict:
     return {name: 100 * float(f(gold, predicted, zero_division=0)) for name, f in metrics.items()}
 
 def save_tuned(folder: Path, settings, record: dict, model: Tagger, tuned) -> None:
-    """Claims the folder and writes what examples/load.py reads; the last, tuned.json, marks the end."""
+    """Claims the folder and writes what examples/load.py reads; tuned.json, last, marks the end."""
     adapters.find_run_or_claim(folder, settings, "tuned.json")
     base = model.encoder.name_or_path
     if os.path.isdir(base):  # relative, so that base and folder can be moved together

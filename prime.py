@@ -97,8 +97,8 @@ class TaskLoss(nn.Module):
         self.model, self.loss_function, self.thetas = model, loss, thetas
         self.forbid_checkpointing = forbid_checkpointing
         name_of = {p: name for part in thetas.values() for name, p in part.items()}
-        # from every path of a parameter in this class ("model.head.bias"), as functional_call wants
-        # it, to its name in θi ("head.bias"). A tied parameter has several paths, but one name
+        # maps each parameter's path in this module ("model.head.bias", the key that functional_call
+        # expects) to its name in theta_i ("head.bias"). A tied parameter has several paths, one name
         self.name_of_path = {}
         for path, module in self.named_modules():
             for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -147,8 +147,7 @@ def support_and_query_sets(tasks, encode, second_order):
         queries = list(encode(queries))
         found = f"{len(supports)} and {len(queries)} sets for {len(tasks)} tasks"
         require(len(supports) == len(queries) == len(tasks), f"encode returned {found}")
-    reusable = not any(isinstance(batch, Iterator) for batch in supports)
-    require(reusable, "support sets must not be generators: inner steps reread them")
+    require(not any(isinstance(s, Iterator) for s in supports), "support sets cannot be generators")
     return supports, queries
 
 def require(condition: Any, message: str) -> None:
@@ -164,8 +163,7 @@ def check_arguments(model, thetas, optimizer, scheduler, inner_lr, inner_steps):
     require(valid_steps, f"inner_steps must be an integer ≥ 0, not {inner_steps}")
     require(0 < inner_lr < math.inf, f"inner_lr must be positive and finite, not {inner_lr}")
     require(not isinstance(scheduler, ReduceLROnPlateau), "step ReduceLROnPlateau in your own loop")
-    are_dicts = all(isinstance(part, Mapping) for part in thetas.values())
-    require(are_dicts, "theta_p, theta_a and theta_h must be dicts of parameters")
+    require(all(isinstance(part, Mapping) for part in thetas.values()), "theta_* must be dicts")
     if inner_steps:  # else plain fine-tuning: any set may be empty
         require(thetas["theta_p"], "theta_p is empty: did a PE library freeze it?")
         require(thetas["theta_a"] or thetas["theta_h"], "theta_a and theta_h are empty")
