@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. With a folder as --init, --model, --types, --pe and "
-        "--bottleneck are read from it; with --init none they have the paper's values by default. "
-        "--data and --tgt have the paper's in both cases. All other defaults are ours.")
+        "Fine-tune an encoder, and score it. If --init is a folder, it determines --model, --types, "
+        "--pe and --bottleneck; if it is none, these default to the paper's values. The defaults "
+        "of --data and --tgt are always the paper's; all others are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",
@@ -48,9 +48,9 @@ def parse_arguments():
         Path(args.init) / "priming.json", check_weights=True)
     for name, default in adapters.MODEL_DEFAULTS.items():
         # a flag takes the primed folder's value, or must agree with it; with --init none it is free
-        fallback = args.priming.get(name, default)
-        value = getattr(args, name, fallback)
-        expect(value == fallback or not args.priming, f"--{name} {value}: {args.init} has {fallback}")
+        expected = args.priming.get(name, default)
+        value = getattr(args, name, expected)
+        expect(value == expected or not args.priming, f"--{name} {value}: {args.init} has {expected}")
         setattr(args, name, value)
     return args
 

@@ -182,7 +182,7 @@ def detach_features(args):
         ("list of .* pairs", lambda args: args["batches"][0].append((1, 2, 3))),
         ("list of .* pairs", lambda args: args["batches"][0].append({"input_ids": 1, "labels": 2})),
         ("list of .* pairs", lambda args: args["batches"][0].append(torch.ones(2, 2))),
-        ("must not be generators", lambda args: args["batches"][0].append((iter([1]), 2))),
+        ("cannot be generators", lambda args: args["batches"][0].append((iter([1]), 2))),
         ("loss must return a scalar .*not 1.0", lambda args: args.update(loss=lambda *_: 1.0)),
         ("loss must return a scalar .*not None", lambda args: args.update(loss=lambda *_: None)),
         ("loss must return a scalar", lambda args: args.update(loss=lambda model, batch: model(batch[0]))),
