@@ -26,9 +26,9 @@ SCORE = ("{target} seed {seed}: F1 {f1:.2f}  P {precision:.2f}  R {recall:.2f}  
 
 def parse_arguments():
     parser = adapters.common_parser(
-        "Fine-tune an encoder, and score it. If --init is a folder, it determines --model, --types, "
-        "--pe and --bottleneck; if it is none, these default to the paper's values. The defaults "
-        "of --data and --tgt are always the paper's; all others are ours.")
+        "Fine-tune an encoder, and score it. If --init is a folder, it determines --model, "
+        "--types, --pe and --bottleneck; if it is none, these default to the paper's values. The "
+        "defaults of --data and --tgt are always the paper's; all others are ours.")
     add, positive, paper = parser.add_argument, adapters.positive, ["hi", "af", "az", "lt", "et", "nl"]
     add("--tgt", nargs="+", default=paper, metavar="LANG", help="target languages")
     add("--tune", choices=["adapter", "head", "full"], default="adapter",

@@ -162,7 +162,7 @@ def detach_features(args):
     "message, break_it",
     [
         ("^f.weight .*is not the model's", lambda args: args.update(model=copy.deepcopy(args["model"]))),
-        ("theta_a .*must be .*dict", lambda args: args.update(theta_a=[*args["theta_a"]])),
+        ("theta_.* must be dicts", lambda args: args.update(theta_a=[*args["theta_a"]])),
         ("^f.weight .*disjoint", lambda args: args["theta_a"].update(args["theta_p"])),
         ("^f.weight .*disjoint", lambda args: args["theta_h"].update(args["theta_p"])),
         ("^g.weight .*disjoint", lambda args: args["theta_h"].update(args["theta_a"])),
