@@ -55,7 +55,8 @@ def main() -> None:
         if args.gold:
             columns.insert(1, [tags[tag] for tag in gold])
         lines = ["\t".join(row) + "\n" for row in zip(*columns, strict=True)]
-        sys.stdout.buffer.write("".join([*lines, "\n"]).encode())
+        if sys.stdout:  # not closed
+            sys.stdout.buffer.write("".join([*lines, "\n"]).encode())
 
 
 if __name__ == "__main__":

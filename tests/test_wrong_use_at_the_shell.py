@@ -260,7 +260,7 @@ def closed_streams():
         setattr(sys, name, None)
 
 
-def test_closed_streams_do_not_stop_a_command_or_hide_its_status(primed, tmp_path):
+def test_closed_streams_do_not_stop_a_command_or_hide_its_status(table, primed, tmp_path):
     """The first command has a real shell, because transformers replaces a closed stderr when it is imported."""
     flags = [*HINDI, "--limit-train", 30, "--limit-test", 3, "--init", primed, "--results", tmp_path / "r"]
     script = " ".join(map(str, [sys.executable, "finetune.py", *flags, ">&-", "2>&-"]))
@@ -268,6 +268,9 @@ def test_closed_streams_do_not_stop_a_command_or_hide_its_status(primed, tmp_pat
     assert len(read_results(tmp_path / "r")) == 1
     run_process("finetune.py", [*HINDI, "--init", "no/where"], tmp_path / "stderr", 2, fault=closed_streams)
     run_process("prime.py", ["--steps", 0], tmp_path / "stderr", 2, fault=closed_streams)
+    (tmp_path / "text").write_text("Delhi is here\n")
+    run_process("examples/tag.py", [table[4][0] / "tuned/hi-0", tmp_path / "text"], tmp_path / "stderr",
+                fault=closed_streams)
     assert (tmp_path / "stderr").read_text() == ""
 
 
