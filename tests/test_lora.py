@@ -188,8 +188,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(method, tmp_path):
 
 
 @needs_peft
-def test_lora_that_starts_from_the_pretrained_encoder_is_peft_s(tmp_path):
-    """finetune.py without priming: θp, and every layer without LoRA, stay as they are."""
+def test_without_priming_lora_on_pefts_default_layers_and_the_head_are_saved(tmp_path):
     command("finetune.py", *HINDI, *DEMO[:2], "--init", "none", "--pe", "lora", "--limit-train", 20,
             "--epochs", 1, "--save", tmp_path / "tuned", "--results", tmp_path / "results")
     from safetensors.torch import load_file
