@@ -29,10 +29,9 @@ def with_new_heads(meta_training, head):
         yield query_losses
 
 
-def main() -> None:
-    args = prime.parse_arguments()
-    if args.method == "ft":
-        raise adapters.UserError("--method ft has no inner loop that could start from a new head")
+def build_model_and_data(args):
+    """The Tagger, its tokenizer, and the training sentences of each source language, as in prime.py. Raises
+    UserError if the output exists, because these runs cannot be resumed."""
     if args.output.exists():
         raise adapters.UserError(f"{args.output} already exists: choose another --output")
     torch.manual_seed(args.seed)
@@ -45,6 +44,14 @@ def main() -> None:
     model = adapters.build_tagger(
         encoder, types=args.types, pe=args.pe, bottleneck=args.bottleneck, device=args.device,
         bf16=args.bf16)
+    return model, tokenizer, corpora
+
+
+def main() -> None:
+    args = prime.parse_arguments()
+    if args.method == "ft":
+        raise adapters.UserError("--method ft has no inner loop that could start from a new head")
+    model, tokenizer, corpora = build_model_and_data(args)
     theta_p, theta_a, theta_h = model.split_parameters()
     optimizer, scheduler = prime.adamw_with_linear_decay(
         [*theta_p.values(), *theta_a.values()], args.outer_lr, args.steps)

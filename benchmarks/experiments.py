@@ -48,16 +48,20 @@ PRIMING = {  # flags of prime.py; None: no priming
     "one-step-1000": ["--inner-lr", "0.3", "--inner-steps", "1", "--outer-lr", "2e-4", "--steps", "1000"],
     "meta-1000": ["--inner-lr", "0.3", "--outer-lr", "2e-4", "--steps", "1000"],
     "ft-half": [*STEPS, "--method", "ft", "--support", "8", "--query", "8"],  # as many as in line 9
-    "new-heads": [*STEPS, "--inner-lr", "0.3"],  # by ablate_new_heads.py
+    "new-heads": [*STEPS, "--inner-lr", "0.3"],
     "meta-bf16": [*STEPS, "--inner-lr", "0.3", "--bf16"],
     "meta-bitfit": [*STEPS, "--pe", "bitfit"],
     "ft-bitfit": [*STEPS, "--method", "ft", "--pe", "bitfit"],
+    "joint": [*STEPS],
     "lora-none": None,
     "lora-ft": [*STEPS, "--method", "ft", *LORA],
     "lora-meta": [*STEPS, "--inner-lr", "0.1", *LORA],
+    "lora-joint": [*STEPS, *LORA],
     "lora-meta-0.03": [*STEPS, "--inner-lr", "0.03", *LORA],
     "lora-meta-0.3": [*STEPS, "--inner-lr", "0.3", *LORA],
 }
+SCRIPTS = {"new-heads": "benchmarks/ablate_new_heads.py",  # of a priming that is not by prime.py
+           **dict.fromkeys(["joint", "lora-joint"], "benchmarks/joint_priming.py")}
 TUNING = {  # flags of finetune.py by number of training sentences; None: any other number
     "none": {200: "--min-steps 250", None: "--min-steps 750"},  # by baseline_search.py, as the next
     "none-head": {200: "--min-steps 750 --tune head --lr 1e-2", 5000: "--epochs 3 --tune head --lr 1e-1",
@@ -69,7 +73,7 @@ TUNING = {  # flags of finetune.py by number of training sentences; None: any ot
         ["lora-none", "lora-meta"],
         {200: "--pe lora --min-steps 250 --lr 3e-3", None: "--pe lora --epochs 3 --min-steps 750 --lr 1e-3"}),
     **dict.fromkeys(
-        ["lora-ft", "lora-meta-0.03", "lora-meta-0.3"],
+        ["lora-ft", "lora-joint", "lora-meta-0.03", "lora-meta-0.3"],
         {200: "--pe lora --min-steps 250 --lr 1e-3", None: "--pe lora --epochs 3 --min-steps 750 --lr 1e-3"}),
 }
 PAIRS = [
@@ -79,7 +83,9 @@ PAIRS = [
     ("meta-1000", "ft-1000"), ("meta-1000", "one-step-1000"), ("one-step-1000", "ft-1000"),
     ("meta-1000", "meta"), ("ft-1000", "ft"), ("meta", "ft-1000"), ("meta-bitfit", "none-bitfit"),
     ("ft-bitfit", "none-bitfit"), ("meta-bitfit", "ft-bitfit"),
-    ("lora-meta", "lora-none"), ("lora-ft", "lora-none"), ("lora-meta", "lora-ft")]
+    ("lora-meta", "lora-none"), ("lora-ft", "lora-none"), ("lora-meta", "lora-ft"),
+    ("joint", "ft"), ("one-step", "joint"), ("meta", "joint"), ("lora-joint", "lora-ft"),
+    ("lora-meta", "lora-joint")]
 SECOND_PAIRS = [(("meta", "ft"), ("meta-1000", "ft-1000"))]  # differences of differences
 SHARES = ("meta", "ft", "maml", "one-step", "meta-1000", "ft-1000", "one-step-1000")
 KEPT = ("target", "seed", "split", "train_sentences", "test_sentences", "lr", "epochs", "min_steps", "f1")
@@ -133,8 +139,7 @@ def run_experiments(
             continue
         if PRIMING[priming] and not (folder / "priming.json").exists():
             flags = ["--model", model, "--data", data, *PRIMING[priming], "--seed", seed, "--output", folder]
-            script = "benchmarks/ablate_new_heads.py" if priming == "new-heads" else "prime.py"
-            run(script, *flags, "--save-every", 10**6)
+            run(SCRIPTS.get(priming, "prime.py"), *flags, "--save-every", 10**6)
         written = output / f"{priming}-{seed}-{target}-{size}-{split}"
         shutil.rmtree(written, ignore_errors=True)
         run("finetune.py", "--tgt", target, "--data", data, *start, "--limit-train", size, "--limit-test",

@@ -18,6 +18,7 @@ import ablate_new_heads
 import adapters
 import experiments
 import inner_lr_sweep
+import joint_priming
 import report
 import table1
 
@@ -155,6 +156,38 @@ def test_new_heads_differ_from_algorithm_1_only_after_its_first_step(tmp_path):
     assert [*ablate_new_heads.with_new_heads([[0.5], [0.4]], head)] == [[0.5], [0.4]]
     assert not torch.equal(head.weight, before.weight) and not head.bias.any()
     assert head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("pe", ["adapter", "bitfit"])
+def test_joint_priming_shares_theta_p_and_nothing_else(pe):
+    """Compared with two taggers, one a language, whose θp are the same tensors."""
+    sentences = [adapters.Sentence(["a", "b"], [i % 3, 1], [2, 5 + i, 9, 3], [1, 2]) for i in range(12)]
+    batches = [[([], sentences[:3]), ([], sentences[3:7])], [([], sentences[7:10]), ([], sentences[10:])]]
+    model = adapters.Tagger(random_encoder("Bert", 32), 3, pe).double().eval()
+    taggers = [copy.deepcopy(model), copy.deepcopy(model)]
+    shared, theta_a, theta_h = (set(part) for part in taggers[0].split_parameters())
+    for name in shared:
+        module, _, attribute = name.rpartition(".")
+        setattr(taggers[1].get_submodule(module), attribute, taggers[0].get_parameter(name))
+    parameters = {*taggers[0].parameters(), *taggers[1].parameters()}
+    optimizer = torch.optim.AdamW([*parameters], lr=1e-2, weight_decay=0.01)
+    expected = []
+    for step, batch in enumerate(batches):
+        losses = [adapters.tag_loss(tagger, task) for tagger, (_, task) in zip(taggers, batch)]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 2)
+        optimizer.step()
+        expected.append([loss.item() for loss in losses])
+    before = copy.deepcopy(model.state_dict())
+    found = [*joint_priming.train_jointly(model, batches, languages=2, tasks=2, lr=1e-2, steps=2)]
+    torch.testing.assert_close(found, expected)
+    for name, p in model.named_parameters():
+        if name in shared:
+            torch.testing.assert_close(p, taggers[0].get_parameter(name), atol=1e-5, rtol=1e-5)
+        elif name in theta_a | theta_h:
+            assert torch.equal(p, before[name])
+    assert moved(before, model.state_dict()) >= shared
 
 
 @pytest.mark.early(["benchmarks/step_cost.py", "--rounds", 1, "--only", "meta step"])
