@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -35,12 +34,19 @@ def load(base, tuned):
 """
 
 
-def fresh_process(code):
-    """Runs the code after LOAD, with warnings as errors, and returns what it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD + code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def fresh_process():
+    """A function that runs code after LOAD, with warnings as errors, and returns what it printed. The process
+    starts with the test, so that it imports transformers beside the test's commands."""
+    command = [sys.executable, "-c", f"{LOAD}exec(sys.stdin.read())"]
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        def run(code):
+            stdout, stderr = process.communicate(code)
+            assert process.returncode == 0, stderr
+            return stdout
+
+        yield run
 
 
 def hand_written_meta_step(model, theta_p, theta_a, tasks, outer_lr):
@@ -96,7 +102,7 @@ def test_peft_loads_what_the_command_primed(tmp_path):
 
 
 @needs_peft
-def test_a_pipeline_of_a_fresh_process_has_the_score_of_the_command(tmp_path):
+def test_a_pipeline_of_a_fresh_process_has_the_score_of_the_command(fresh_process, tmp_path):
     """transformers' pipeline finds the entities that finetune.py was scored with."""
     base, tuned, exported = tmp_path / "primed", tmp_path / "tuned", tmp_path / "exported"
     command("prime.py", *SMALL, "--steps", 10, "--outer-lr", 1e-3, "--output", base)
@@ -125,7 +131,7 @@ print(json.dumps(tagged))
 
 
 @needs_peft
-def test_logits_are_the_same_after_export_and_loading(tmp_path):
+def test_logits_are_the_same_after_export_and_loading(fresh_process, tmp_path):
     """For encoders with peft's default layers and for those without, in one fresh process."""
     ids, expected = torch.arange(10, 40)[None], {}
     for architecture in ("Bert", "Roberta", "DistilBert", "Electra"):

@@ -264,24 +264,28 @@ def test_closed_streams_do_not_stop_a_command_or_hide_its_status(table, primed, 
     """The first command has a real shell, because transformers replaces a closed stderr when it is imported."""
     flags = [*HINDI, "--limit-train", 30, "--limit-test", 3, "--init", primed, "--results", tmp_path / "r"]
     script = " ".join(map(str, [sys.executable, "finetune.py", *flags, ">&-", "2>&-"]))
-    subprocess.run(script, shell=True, check=True, cwd=HERE)
-    assert len(read_results(tmp_path / "r")) == 1
+    shell = subprocess.Popen(script, shell=True, cwd=HERE)
     run_process("finetune.py", [*HINDI, "--init", "no/where"], tmp_path / "stderr", 2, fault=closed_streams)
     run_process("prime.py", ["--steps", 0], tmp_path / "stderr", 2, fault=closed_streams)
     (tmp_path / "text").write_text("Delhi is here\n")
     run_process("examples/tag.py", [table[4][0] / "tuned/hi-0", tmp_path / "text"], tmp_path / "stderr",
                 fault=closed_streams)
     assert (tmp_path / "stderr").read_text() == ""
+    assert shell.wait() == 0 and len(read_results(tmp_path / "r")) == 1
 
 
 def test_a_closed_pipe_does_not_stop_the_remaining_seeds(tmp_path):
     """As `finetune.py ... | true` does, in a process that ends as the shell's do."""
-    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--seeds", 0, 1, "--results", tmp_path / "r"]
-    script = " ".join(map(str, [sys.executable, "finetune.py", *flags, "2>", tmp_path / "stderr", "| true"]))
-    subprocess.run(["bash", "-c", script], cwd=HERE)
-    subprocess.run(["bash", "-c", script.replace("| true", "--lr 1e-2 > /dev/full")], cwd=HERE)  # a full disk
-    assert [record["seed"] for record in read_results(tmp_path / "r")] == [0, 1, 0, 1]
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--epochs", 1, "--seeds", 0, 1, "--results"]
+    script = " ".join(map(str, [sys.executable, "finetune.py", *flags, ""]))
+    pipe, full_disk = tmp_path / "pipe", tmp_path / "disk"
+    shells = [
+        subprocess.Popen(["bash", "-c", f"{script}{folder} 2> {folder}.stderr {end}"], cwd=HERE)
+        for folder, end in ((pipe, "| true"), (full_disk, "> /dev/full"))]
+    for shell, folder in zip(shells, (pipe, full_disk)):
+        shell.wait()
+        assert [record["seed"] for record in read_results(folder)] == [0, 1]
+        assert "Traceback" not in Path(f"{folder}.stderr").read_text()
 
 
 def test_a_split_without_an_entity_is_reported(tmp_path):
