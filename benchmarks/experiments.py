@@ -63,7 +63,9 @@ PRIMING = {  # flags of prime.py; None: no priming
 SCRIPTS = {"new-heads": "benchmarks/ablate_new_heads.py",  # of a priming that is not by prime.py
            **dict.fromkeys(["joint", "lora-joint"], "benchmarks/joint_priming.py")}
 TUNING = {  # flags of finetune.py by number of training sentences; None: any other number
-    "none": {200: "--min-steps 250", None: "--min-steps 750"},  # by baseline_search.py, as the next
+    # by baseline_search.py, as the next
+    "none": {50: "--min-steps 250", 200: "--min-steps 250", 400: "--min-steps 250 --lr 1e-2",
+             1000: "--min-steps 750 --lr 1e-2", None: "--min-steps 750"},
     "none-head": {200: "--min-steps 750 --tune head --lr 1e-2", 5000: "--epochs 3 --tune head --lr 1e-1",
                   None: "--min-steps 750 --tune head --lr 3e-2"},
     "full": {None: "--tune full --lr 5e-5 --epochs 3 --min-steps 750"},

@@ -237,10 +237,10 @@ def test_the_tables_of_the_experiments_are_those_that_their_commands_print(print
     assert of_experiments <= set().union(*rows)
 
 
-def test_the_differences_in_the_text_are_those_of_the_tables(printed):
-    """Each `mean ± half-width` with two digits and a sign in README's text is in a table."""
+@pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README", "benchmarks"])
+def test_the_differences_in_the_text_are_those_of_the_tables(text, printed):
+    """Each `mean ± half-width` with two digits and a sign is in a table."""
     tables = "".join(printed).replace("-", "−")
-    text = " ".join(re.sub(r"^\|.*", "", README, flags=re.MULTILINE).split())
-    figures = re.findall(r"[+−]\d+\.\d\d ± \d+\.\d\d", text)
+    figures = re.findall(r"[+−]\d+\.\d\d ± \d+\.\d\d", " ".join(text.split()))
     assert len(figures) > 3
     assert [figure for figure in figures if figure not in tables] == []
