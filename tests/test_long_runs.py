@@ -157,22 +157,26 @@ def steps_done(output, steps=12):
 
 
 def test_twenty_kills_at_random_moments_lose_at_most_one_step(uninterrupted, tmp_path):
+    """Ten times two runs at once, each in a folder of its own."""
     flags, rng, done = [*SLOW_PRIMING, "--output"], random.Random(0), []
     start = time.perf_counter()
     run_process("prime.py", [*flags, tmp_path / "timed"], tmp_path / "stderr")
-    seconds, output = time.perf_counter() - start, tmp_path / "primed"
-    for _ in range(20):
-        process = start_process("prime.py", [*flags, output], tmp_path / "stderr")
-        time.sleep(rng.uniform(0, seconds))
-        process.kill()
-        process.join()
-        done.append(steps_done(output))
-        if (output / "priming.json").exists():
-            assert primed_bytes(output) == primed_bytes(uninterrupted)
-            shutil.rmtree(output)
+    seconds, outputs = time.perf_counter() - start, [tmp_path / "one", tmp_path / "two"]
+    for _ in range(10):
+        running = [start_process("prime.py", [*flags, output], tmp_path / "stderr") for output in outputs]
+        start, moments = time.perf_counter(), sorted(rng.uniform(0, seconds) for _ in running)
+        for moment, process, output in zip(moments, running, outputs):
+            time.sleep(max(0, start + moment - time.perf_counter()))
+            process.kill()
+            process.join()
+            done.append(steps_done(output))
+            if (output / "priming.json").exists():
+                assert primed_bytes(output) == primed_bytes(uninterrupted)
+                shutil.rmtree(output)
     assert any(0 < steps < 12 for steps in done), done
-    run_process("prime.py", [*flags, output], tmp_path / "stderr")
-    assert primed_bytes(output) == primed_bytes(uninterrupted) and not list(output.glob("*.new"))
+    for output in outputs:
+        run_process("prime.py", [*flags, output], tmp_path / "stderr")
+        assert primed_bytes(output) == primed_bytes(uninterrupted) and not list(output.glob("*.new"))
 
 
 @pytest.mark.parametrize(
