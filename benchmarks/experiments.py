@@ -60,10 +60,13 @@ PRIMING = {  # flags of prime.py; None: no priming
     "lora-meta-0.03": [*STEPS, "--inner-lr", "0.03", *LORA],
     "lora-meta-0.3": [*STEPS, "--inner-lr", "0.3", *LORA],
 }
-SCRIPTS = {"new-heads": "benchmarks/ablate_new_heads.py",  # of a priming that is not by prime.py
-           **dict.fromkeys(["joint", "lora-joint"], "benchmarks/joint_priming.py")}
+SCRIPTS = {  # for the primings that prime.py does not offer
+    "new-heads": "benchmarks/ablate_new_heads.py",
+    "joint": "benchmarks/joint_priming.py",
+    "lora-joint": "benchmarks/joint_priming.py",
+}
 TUNING = {  # flags of finetune.py by number of training sentences; None: any other number
-    # by baseline_search.py, as the next
+    # none and none-head: found by baseline_search.py
     "none": {50: "--min-steps 250", 200: "--min-steps 250", 400: "--min-steps 250 --lr 1e-2",
              1000: "--min-steps 750 --lr 1e-2", None: "--min-steps 750"},
     "none-head": {200: "--min-steps 750 --tune head --lr 1e-2", 5000: "--epochs 3 --tune head --lr 1e-1",

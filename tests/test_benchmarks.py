@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
-    DEMO, HERE, command, moved, random_encoder, read_results, save_encoder, tensors,
+    DEMO, HERE, HINDI, SMALL_PRIMING, SMALL_TUNING, command, moved, random_encoder, read_results, save_encoder,
+    tensors,
 )
 
 import ablate_new_heads
@@ -188,6 +189,14 @@ def test_joint_priming_shares_theta_p_and_nothing_else(pe):
         elif name in theta_a | theta_h:
             assert torch.equal(p, before[name])
     assert moved(before, model.state_dict()) >= shared
+
+
+def test_finetune_py_takes_what_joint_priming_writes(tmp_path):
+    flags = [*DEMO, *SMALL_PRIMING, "--output", tmp_path / "primed"]
+    command("benchmarks/joint_priming.py", *flags)
+    command("finetune.py", *HINDI, *SMALL_TUNING, "--init", tmp_path / "primed", "--results", tmp_path / "results")
+    assert len(read_results(tmp_path / "results")) == 1
+    assert "already exists" in command("benchmarks/joint_priming.py", *flags, status=2).stderr
 
 
 @pytest.mark.early(["benchmarks/step_cost.py", "--rounds", 1, "--only", "meta step"])

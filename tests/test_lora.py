@@ -38,9 +38,9 @@ def load(base, tuned):
 def fresh_process():
     """A function that runs code after LOAD, with warnings as errors, and returns what it printed. The process
     starts with the test, so that it imports transformers beside the test's commands."""
-    command = [sys.executable, "-c", f"{LOAD}exec(sys.stdin.read())"]
+    program = [sys.executable, "-c", f"{LOAD}exec(sys.stdin.read())"]
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    with subprocess.Popen(program, text=True, **pipes) as process:
         def run(code):
             stdout, stderr = process.communicate(code)
             assert process.returncode == 0, stderr

@@ -277,10 +277,10 @@ def test_closed_streams_do_not_stop_a_command_or_hide_its_status(table, primed, 
 def test_a_closed_pipe_does_not_stop_the_remaining_seeds(tmp_path):
     """As `finetune.py ... | true` does, in a process that ends as the shell's do."""
     flags = [*HINDI, *SMALL_TUNING, *FROM_PRETRAINED, "--epochs", 1, "--seeds", 0, 1, "--results"]
-    script = " ".join(map(str, [sys.executable, "finetune.py", *flags, ""]))
+    script = " ".join(map(str, [sys.executable, "finetune.py", *flags]))
     pipe, full_disk = tmp_path / "pipe", tmp_path / "disk"
     shells = [
-        subprocess.Popen(["bash", "-c", f"{script}{folder} 2> {folder}.stderr {end}"], cwd=HERE)
+        subprocess.Popen(["bash", "-c", f"{script} {folder} 2> {folder}.stderr {end}"], cwd=HERE)
         for folder, end in ((pipe, "| true"), (full_disk, "> /dev/full"))]
     for shell, folder in zip(shells, (pipe, full_disk)):
         shell.wait()
